@@ -15,3 +15,11 @@ class Damaged(RarefyError):
 
 class Unsupported(RarefyError):
     """A valid request that this method, model or machine cannot serve."""
+
+
+class Halted(Exception):
+    """SIGINT or SIGTERM came during training; a checkpoint was written first. Not an error of the input."""
+
+    def __init__(self, step: int, signum: int) -> None:
+        super().__init__(f"stopped at step {step}; the same command goes on from there")
+        self.step, self.signum = step, signum

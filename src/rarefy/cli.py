@@ -1,0 +1,284 @@
+"""The command line. Each command checks its input, then hands over to `rarefy.jobs`; torch is imported only then."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import RarefyError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="One instrument for sparsity in neural networks: make any part of a model sparse, and see what was kept and what was saved.",
+)
+
+Model = Annotated[str, typer.Argument(help="`builtin`, a local Hugging Face folder, or a hub id such as org/name@revision.")]
+Data = Annotated[str, typer.Option(help="Text: `stdlib`, a folder, a .txt/.py/.jsonl file, several separated by commas, or datasets:NAME.")]
+Out = Annotated[Path, typer.Option(help="Folder to write; created if missing.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON instead of tables.")]
+Site = Annotated[str, typer.Option(help="Site name or glob, such as layers.3.resid_post or 'layers.*.*_proj'; see `rarefy sites`.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="A method's own argument, name=value; may be repeated.")]
+Context = Annotated[int, typer.Option(help="Tokens in a context.")]
+Tokens = Annotated[int, typer.Option(help="Most tokens to read from the data; 0 reads all.")]
+
+
+@app.callback()
+def _root(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """Options before the command hold for every command."""
+
+
+@app.command()
+def demo(
+    out: Out = Path("runs/demo"),
+    steps: Annotated[int, typer.Option(help="Training steps of the dictionary.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Open the built-in model, make it sparse in four ways, judge each and write report.html."""
+    from .jobs.demo import demo as run
+
+    _print(run(out, steps=steps, screen=_screen(as_json)), as_json, out)
+
+
+@app.command()
+def fit(
+    methods: Annotated[str, typer.Argument(help="Method names separated by commas, such as latents/topk; see `rarefy methods`.")],
+    model: Model,
+    site: Site = "",
+    data: Data = "stdlib",
+    out: Out = Path("runs/fit"),
+    width: Annotated[int, typer.Option(help="Latents of a dictionary.")] = 4096,
+    k: Annotated[int, typer.Option(help="Latents active a token, for methods that fix it.")] = 32,
+    budget: Annotated[float, typer.Option(help="Fraction of units kept (weights, neurons, attention).")] = 0.5,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
+    batch: Annotated[int, typer.Option(help="Tokens a training step.")] = 2048,
+    lr: Annotated[float, typer.Option(help="Peak learning rate; 0 chooses by width.")] = 0.0,
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    context: Context = 512,
+    tokens: Tokens = 400_000,
+    seed: Annotated[int, typer.Option(help="Seed of initialisation and data order.")] = 0,
+    target: Annotated[str, typer.Option(help="Site to reproduce, for transcoders; default the site read.")] = "",
+    store: Annotated[bool, typer.Option(help="Keep the activations on disk under OUT and train from there.")] = False,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train or calibrate methods on a model's activations. A run found in OUT goes on where it stopped."""
+    from .jobs.fit import FitRequest, fit as run
+
+    request = FitRequest(
+        methods=_names(methods), model=model, site=site, data=data, out=out, width=width, k=k, budget=budget, steps=steps,
+        batch=batch, lr=lr, precision=precision, context=context, tokens=tokens, seed=seed, target=target, store=store,
+        settings=_settings(settings),
+    )
+    _print(run(request, screen=_screen(as_json)), as_json, out)
+
+
+@app.command()
+def judge(
+    run: Annotated[Path, typer.Argument(help="A run folder made by `rarefy fit`.")],
+    against: Annotated[str, typer.Option(help="What to compare with: dense, or method names, separated by commas.")] = "dense",
+    data: Data = "",
+    tokens: Tokens = 20_000,
+    as_json: AsJson = False,
+) -> None:
+    """Judge a fitted run on held-out text: fidelity, cost and intervals over documents."""
+    from .jobs.judge import judge as job
+
+    _print(job(run, _names(against), data=data, tokens=tokens, screen=_screen(as_json)), as_json, run)
+
+
+@app.command()
+def sweep(
+    methods: Annotated[str, typer.Argument(help="Method names separated by commas.")],
+    model: Model,
+    budget: Annotated[str, typer.Option(help="Budgets: LOW:HIGH (five steps), LOW:HIGH:STEP, or a list 0.3,0.5.")] = "0.3:0.9",
+    site: Site = "",
+    data: Data = "stdlib",
+    out: Out = Path("runs/sweep"),
+    context: Context = 512,
+    tokens: Tokens = 20_000,
+    calibration: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 20_000,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure methods at several budgets: one frontier, kept in OUT; a sweep found there goes on."""
+    from .jobs.sweep import SweepRequest, sweep as run
+
+    request = SweepRequest(
+        methods=_names(methods), model=model, budgets=_budgets(budget), site=site, data=data, out=out, context=context,
+        tokens=tokens, calibration=calibration, settings=_settings(settings),
+    )
+    _print(run(request, screen=_screen(as_json)), as_json, out)
+
+
+@app.command("apply")
+def apply_(
+    method: Annotated[str, typer.Argument(help="A weights method, such as weights/wanda.")],
+    model: Model,
+    out: Out,
+    budget: Annotated[float, typer.Option(help="Fraction of weights kept.")] = 0.5,
+    site: Site = "layers.*.*_proj",
+    share: Annotated[str, typer.Option(help="How layers share the budget: uniform, erk or owl.")] = "uniform",
+    data: Data = "stdlib",
+    context: Context = 512,
+    calibration: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 20_000,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prune a model and save it as a folder that plain transformers loads."""
+    from .jobs.apply import ApplyRequest, apply as run
+
+    request = ApplyRequest(
+        method=method, model=model, out=out, budget=budget, site=site, share=share, data=data, context=context,
+        calibration=calibration, settings=_settings(settings),
+    )
+    _print(run(request, screen=_screen(as_json)), as_json, out)
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List every method: unit, how it is fitted, paper, year."""
+    from .catalogue import ENTRIES
+
+    if as_json:
+        from dataclasses import asdict
+
+        typer.echo(json.dumps({"schema": 1, "methods": [asdict(e) for e in ENTRIES]}, indent=1))
+        return
+    for e in ENTRIES:
+        typer.echo(f"{e.name:20} {e.unit:10} {e.fitted:11} {e.year}  {e.title}")
+
+
+@app.command()
+def sites(
+    model: Model,
+    pattern: Annotated[str, typer.Argument(help="Name or glob.")] = "*",
+    as_json: AsJson = False,
+) -> None:
+    """List the places of a model where a method can be put."""
+    from .jobs.models import list_sites
+
+    found = list_sites(model, pattern)
+    if as_json:
+        typer.echo(json.dumps({"schema": 1, "sites": found}, indent=1))
+        return
+    for s in found:
+        typer.echo(f"{s['name']:28} {s['kind']:10} {s['d']:>6}  {s['module']}")
+
+
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(help="A run folder that holds report.json.")],
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8765,
+    host: Annotated[str, typer.Option(help="Address to bind; other than 127.0.0.1 needs --token.")] = "127.0.0.1",
+    token: Annotated[str, typer.Option(help="Secret that visitors must give, for --host.")] = "",
+    export: Annotated[Path | None, typer.Option(help="Write one self-contained HTML file instead of serving.")] = None,
+) -> None:
+    """Open a run's page in the browser, from a server on this machine only."""
+    from .jobs.report import show as run_page
+
+    run_page(run, port=port, host=host, token=token, export=export, say=typer.echo)
+
+
+@app.command()
+def check(
+    path: Annotated[Path, typer.Argument(help="A run folder, an activation store, or a folder of them.")],
+    as_json: AsJson = False,
+) -> None:
+    """Verify every checksum, manifest and file of a run or store."""
+    from .store.check import check as verify
+
+    report = verify(path)
+    if as_json:
+        typer.echo(json.dumps({"schema": 1, "ok": report.ok, "checked": report.checked, "problems": report.problems}, indent=1))
+    else:
+        for problem in report.problems:
+            typer.echo(f"damaged: {problem}")
+        typer.echo(f"{len(report.checked)} checked, {len(report.problems)} damaged")
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _settings(pairs: list[str] | None) -> dict[str, Any]:
+    from .errors import BadInput
+
+    out: dict[str, Any] = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise BadInput(f"--set {pair!r}: write name=value")
+        try:
+            out[name] = json.loads(value)
+        except json.JSONDecodeError:
+            out[name] = value
+    return out
+
+
+def _budgets(text: str) -> list[float]:
+    from .errors import BadInput
+
+    try:
+        if ":" in text:
+            low, high, *step = (float(part) for part in text.split(":"))
+            gap = step[0] if step else (high - low) / 4
+            if gap <= 0:
+                budgets = [low]
+            else:
+                budgets = [round(low + i * gap, 6) for i in range(int((high - low) / gap + 1e-9) + 1)]
+        else:
+            budgets = [float(part) for part in _names(text)]
+    except ValueError:
+        raise BadInput(f"--budget {text!r}: write LOW:HIGH, LOW:HIGH:STEP or a list such as 0.3,0.5") from None
+    if not budgets or not all(0 < b <= 1 for b in budgets):
+        raise BadInput(f"--budget {text!r}: every budget must be in (0, 1], the fraction of units kept")
+    return budgets
+
+
+def _screen(quiet: bool) -> Any:
+    from .jobs.screen import Screen
+
+    return Screen(quiet=quiet)
+
+
+def _print(result: Any, as_json: bool, out: Path) -> None:
+    if as_json:
+        typer.echo(json.dumps(result.as_json(), indent=1))
+    else:
+        result.show(out)
+
+
+def main() -> None:
+    """Entry point: exit code 0 done, 1 a check failed, 2 bad input, 130 or 143 stopped by a signal."""
+    try:
+        app(standalone_mode=True)
+    except RarefyError as error:
+        if "--debug" in sys.argv:
+            raise
+        typer.echo(f"rarefy: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        if "--debug" in sys.argv:
+            raise
+        typer.echo(f"rarefy: {error.filename or ''}: {error.strerror or error}; free space or choose another folder with --out", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("rarefy: stopped; the same command goes on from the last checkpoint", err=True)
+        sys.exit(130)
+    except Exception as error:  # a signal during training is not an error of ours
+        from .errors import Halted
+
+        if isinstance(error, Halted):
+            typer.echo(f"rarefy: {error}", err=True)
+            sys.exit(128 + error.signum)
+        raise
+
+
+if __name__ == "__main__":
+    main()
