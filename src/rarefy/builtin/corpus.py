@@ -1,0 +1,226 @@
+"""Text in, packed contexts out. Documents keep their names and their borders all the way.
+
+Shape letters: B = windows of a batch, T = tokens of a context.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BadInput
+
+SUFFIXES = {".txt", ".py", ".pyi", ".md", ".rst", ".jsonl"}
+STDLIB_HELD_OUT_ONE_IN = 20
+_STDLIB_SKIP = {"site-packages", "__pycache__", "lib2to3", "idlelib", "turtledemo", "_vendor", "encodings", "pydoc_data"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed windows of tokens."""
+
+    input_ids: Tensor
+    """[B, T] int64."""
+    doc: Tensor
+    """[B, T] int64: number of the document each token belongs to."""
+    offsets: Tensor
+    """[B, T, 2] int64: characters of the document that each token covers; (0, 0) for the token that begins it."""
+    attention_mask: Tensor | None = None
+    """Always None: windows are full. There so that any padded batch can stand in for this one."""
+
+
+class Undecodable:
+    """Counts files that are not UTF-8 and warns once."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def read(self, path: Path) -> str | None:
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            self.names.append(str(path))
+            return None
+
+    def warn(self) -> None:
+        if self.names:
+            warnings.warn(f"{len(self.names)} files are not UTF-8 text and were left out, the first {self.names[0]}", stacklevel=3)
+
+
+def stdlib_held_out(name: str) -> bool:
+    """Whether the built-in model never saw this file: "stdlib/" + path below the standard library, by its hash."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % STDLIB_HELD_OUT_ONE_IN == 0
+
+
+def _stdlib() -> Iterator[Document]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        inside = path.relative_to(root)
+        if _STDLIB_SKIP & set(inside.parts) or not 200 <= path.stat().st_size <= 200_000:
+            continue
+        text = Undecodable().read(path)      # its tests hold files in other encodings on purpose: no news
+        if text is not None:
+            yield Document(f"stdlib/{inside.as_posix()}", text)
+
+
+def _jsonl(path: Path, field: str) -> Iterator[Document]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (json.JSONDecodeError, RecursionError):
+                raise BadInput(f"{path}, line {number}: not JSON") from None
+            if not isinstance(record, dict) or not isinstance(record.get(field), str):
+                raise BadInput(f"{path}, line {number}: no text field {field!r}")
+            yield Document(f"{path.name}:{number}", record[field])
+
+
+def _file(path: Path, bad: Undecodable, field: str, name: str = "") -> Iterator[Document]:
+    if path.suffix == ".jsonl":
+        try:
+            yield from _jsonl(path, field)
+        except UnicodeDecodeError:
+            bad.names.append(str(path))
+        return
+    text = bad.read(path)
+    if text is not None and text.strip():
+        yield Document(name or path.name, text)
+
+
+def _hub(spec: str, field: str) -> Iterator[Document]:
+    try:
+        from datasets import load_dataset  # type: ignore[import-not-found]
+    except ImportError:
+        raise BadInput(f"{spec} needs the datasets package: pip install 'rarefy[data]'") from None
+    name, _, part = spec.removeprefix("datasets:").partition(":")
+    for number, row in enumerate(load_dataset(name, split=part or "train", streaming=True)):
+        if not isinstance(row.get(field), str):
+            raise BadInput(f"{spec}: rows have no text field {field!r}; they have {', '.join(row)}")
+        yield Document(f"{name}:{number}", row[field])
+
+
+def documents(spec: str, *, field: str = "text") -> Iterator[Document]:
+    """Documents of a specification, streamed.
+
+    Args:
+        spec: `stdlib` (the standard library of the Python that runs this, a file a document), a folder, a file
+            (.txt, .py, .md, .jsonl), `datasets:NAME[:SPLIT]`, or several of these separated by commas.
+        field: text field of .jsonl rows and data sets.
+
+    Raises:
+        BadInput: no such place, or nothing readable in it. Files that are not UTF-8 are left out with one warning.
+    """
+    bad, found = Undecodable(), 0
+    for part in (p.strip() for p in spec.split(",")):
+        for document in _part(part, bad, field):
+            found += 1
+            yield document
+    bad.warn()
+    if not found:
+        why = f"all {len(bad.names)} files are undecodable" if bad.names else f"no text in it (known endings: {', '.join(sorted(SUFFIXES))})"
+        raise BadInput(f"data {spec!r}: {why}")
+
+
+def _part(part: str, bad: Undecodable, field: str) -> Iterator[Document]:
+    if part == "stdlib":
+        yield from _stdlib()
+    elif part.startswith("datasets:"):
+        yield from _hub(part, field)
+    elif Path(part).is_dir():
+        for path in sorted(Path(part).rglob("*")):
+            if path.suffix in SUFFIXES and path.is_file():
+                yield from _file(path, bad, field, path.relative_to(part).as_posix())
+    elif Path(part).is_file():
+        yield from _file(Path(part), bad, field)
+    else:
+        raise BadInput(f"data {part!r}: no such file or folder; write `stdlib`, a path, or datasets:NAME")
+
+
+def split(docs: Iterable[Document], *, held_out: float, seed: int = 0) -> tuple[list[Document], list[Document]]:
+    """(to fit on, held out), by a hash of each name: the same name always falls on the same side.
+
+    Files of the standard library keep the side they had in the built-in model's training, whatever `held_out` says.
+    """
+    if not 0 < held_out < 1:
+        raise BadInput(f"held_out={held_out} must be in (0, 1): the fraction of documents held out")
+    sides: tuple[list[Document], list[Document]] = ([], [])
+    for document in docs:
+        if document.name.startswith("stdlib/"):
+            out = stdlib_held_out(document.name)
+        else:
+            digest = hashlib.sha256(f"{seed}/{document.name}".encode()).digest()
+            out = int.from_bytes(digest[:8], "big") < held_out * 2**64
+        sides[out].append(document)
+    return sides
+
+
+def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    if getattr(tokenizer, "backend_tokenizer", None) is not None:
+        encoded = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        return encoded.ids, encoded.offsets
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids, [(0, 0)] * len(ids)
+
+
+def pack(
+    docs: Iterable[Document], tokenizer: Any, context: int, batch: int = 8, *, max_tokens: int | None = None,
+) -> Iterator[Batch]:
+    """Documents one after another in windows of `context` tokens, each begun by the tokenizer's bos (or eos) token.
+
+    A window may hold the end of one document and the start of the next: `doc` says which is which. The last window
+    is dropped unless full.
+
+    Raises:
+        BadInput: the text is shorter than one context.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    ids: list[int] = []
+    owner: list[int] = []
+    spans: list[tuple[int, int]] = []
+    windows: list[tuple[Tensor, Tensor, Tensor]] = []
+    given = 0
+    limit = None if max_tokens is None else max(1, max_tokens // context)
+    for number, document in enumerate(docs):
+        some, offsets = _encode(tokenizer, document.text)
+        if start is not None:
+            some, offsets = [start, *some], [(0, 0), *offsets]
+        ids += some
+        owner += [number] * len(some)
+        spans += offsets
+        while len(ids) >= context and (limit is None or given < limit):
+            windows.append((torch.tensor(ids[:context]), torch.tensor(owner[:context]), torch.tensor(spans[:context])))
+            del ids[:context], owner[:context], spans[:context]
+            given += 1
+            if len(windows) == batch:
+                yield _stack(windows)
+                windows = []
+        if limit is not None and given >= limit:
+            break
+    if windows:
+        yield _stack(windows)
+    if not given:
+        raise BadInput(f"the text is {len(ids)} tokens, shorter than one context of {context}; give more text or a smaller --context")
+
+
+def _stack(windows: list[tuple[Tensor, Tensor, Tensor]]) -> Batch:
+    ids, owner, spans = zip(*windows, strict=True)
+    return Batch(torch.stack(ids), torch.stack(owner), torch.stack(spans))

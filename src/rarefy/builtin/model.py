@@ -1,0 +1,23 @@
+"""The built-in model: a Llama of about 5 million parameters trained on Python source (scripts/train_builtin.py)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInput
+
+_FOLDER = Path(__file__).parent / "model_files"
+
+
+def builtin_folder() -> Path:
+    """Folder of the model and its tokenizer, as transformers loads it. BadInput if it was not installed."""
+    if not (_FOLDER / "model.safetensors").exists():
+        raise BadInput("the built-in model is missing from this installation; reinstall rarefy, or make it with scripts/train_builtin.py")
+    return _FOLDER
+
+
+def card() -> dict[str, Any]:
+    """The model's card: corpus, training, held-out losses and baselines."""
+    return json.loads((builtin_folder() / "card.json").read_text(encoding="utf-8"))

@@ -1,0 +1,240 @@
+"""Judging dictionaries: reconstruction, spliced loss, what each latent is about.
+
+Shape letters: B = windows, T = tokens, N = B*T rows, D = width, F = latents, K = contexts kept a latent, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..fidelity import Interval, Reconstruction
+from ..frontier import Judge, Point
+from ..method import Sparse
+from ..site import capture, sites
+
+SKIP = 1
+"""Positions left out at the start of each window: the first token's activation has its own, far larger norm."""
+
+
+def rows_of(batch: Any) -> Tensor:
+    """[B, T] bool: tokens that count."""
+    keep = torch.ones_like(batch.input_ids, dtype=torch.bool)
+    keep[:, :SKIP] = False
+    return keep
+
+
+class Spliced(nn.Module):
+    """A dictionary in the stream: rows are replaced by their reconstruction, skipped positions pass through."""
+
+    def __init__(self, method: Sparse) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return torch.cat([x_BTD[:, :SKIP], self.method(x_BTD[:, SKIP:])], 1)
+
+
+@dataclass
+class Ablations:
+    """CE increase of putting nothing, or the mean, where the dictionary goes: computed once a site."""
+
+    zero: float
+    mean: float
+
+
+def ablate(judge: Judge, site: str) -> Ablations:
+    """Zero and mean ablation of the same positions that a dictionary replaces."""
+    total, rows = torch.zeros(()), 0
+    for batch in judge.batches:
+        x_ND = capture(judge.model, [site], input_ids=batch.input_ids)[site][rows_of(batch)]
+        total, rows = total + x_ND.double().sum(0), rows + len(x_ND)
+    mean_D = (total / rows).float()
+
+    def put(value_D: Tensor) -> float:
+        plan = {site: lambda x: torch.cat([x[:, :SKIP], value_D.to(x).expand_as(x[:, SKIP:])], 1)}
+        return judge.measure(plan, method="ablation", unit="latent").metrics["ce_increase"].mean
+
+    return Ablations(put(torch.zeros_like(mean_D)), put(mean_D))
+
+
+@torch.no_grad()
+def judge_dictionary(
+    judge: Judge, site: str, method: Sparse, ablations: Ablations, *, name: str = "", role: str = "method", note: str = "",
+) -> Point:
+    """A dictionary as a Point: spliced CE, KL, agreement, loss recovered (zero and mean), FVU, cosine, L0, dead share."""
+    width = int(method.arguments["width"])
+    stats = Reconstruction(sites(judge.model, site)[site].d, width, judge.documents)
+    for batch in judge.batches:
+        keep = rows_of(batch)
+        x_ND = capture(judge.model, [site], input_ids=batch.input_ids)[site][keep]
+        for x, doc in zip(x_ND.split(2048), batch.doc[keep].split(2048), strict=True):
+            latent_M, value_M, row_M = active(method, x)
+            stats.add(x, method(x), latent_M, torch.bincount(row_M, minlength=len(x)), doc)
+    spliced = judge.measure({site: Spliced(method)}, method=name or method.name, unit="latent", role=role)
+    l0 = stats.l0()
+    increase = spliced.metrics["ce_increase"]
+
+    def recovered(worst: float) -> Interval:
+        return Interval(1 - increase.mean / worst, 1 - increase.high / worst, 1 - increase.low / worst)
+
+    metrics = {
+        **spliced.metrics, "fvu": stats.fvu(), "l0": l0, "loss_recovered": recovered(ablations.zero),
+        "loss_recovered_mean": recovered(ablations.mean), "dead": _exact(stats.dead_fraction()), "cosine": _exact(stats.cosine()),
+        "explained_variance": _exact(stats.explained_variance()),
+    }
+    cost = method.cost(l0.mean / width)
+    return Point(
+        name or method.name, "latent", role, method.budget, l0.mean / width, metrics,
+        {"flops": cost.flops, "bytes": cost.bytes}, note,
+    )
+
+
+def _exact(value: float) -> Interval:
+    return Interval(value, value, value)
+
+
+def active(method: Sparse, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(latent, value, row), each [M]: the latents that fire on rows, in index form."""
+    selection = method.select(x_ND)
+    if selection.index is not None:
+        on_NK = selection.weight > 0
+        row_M, at_M = on_NK.nonzero(as_tuple=True)
+        return selection.index[row_M, at_M], selection.weight[row_M, at_M], row_M
+    row_M, latent_M = (selection.mask & (selection.weight > 0)).nonzero(as_tuple=True)
+    return latent_M, selection.weight[row_M, latent_M], row_M
+
+
+class TopContexts:
+    """The K strongest tokens of each latent, and a histogram of its activations, kept while text streams by."""
+
+    BINS = 24
+    """Half-octaves of activation, from 1/16 up."""
+
+    def __init__(self, width: int, keep: int = 6) -> None:
+        self.value_FK = torch.full((width, keep), -1.0)
+        self.at_FK = torch.full((width, keep), -1, dtype=torch.long)
+        self.hist_FH = torch.zeros(width, self.BINS, dtype=torch.long)
+        self.count_F = torch.zeros(width, dtype=torch.long)
+        self.rows = 0
+
+    def add(self, latent_M: Tensor, value_M: Tensor, at_M: Tensor, rows: int) -> None:
+        """Take in activations: latent, value and token number, each [M]."""
+        width, keep = self.value_FK.shape
+        self.rows += rows
+        self.count_F += torch.bincount(latent_M, minlength=width)
+        bin_M = (value_M.clamp_min(1e-9).log2() * 2 + 8).floor().clamp(0, self.BINS - 1).long()
+        self.hist_FH.view(-1).index_add_(0, latent_M * self.BINS + bin_M, torch.ones_like(latent_M))
+        # Merge with what is kept: sort by latent, then by falling value, and take the first K of each latent.
+        latent = torch.cat([latent_M, torch.arange(width).repeat_interleave(keep)])
+        value = torch.cat([value_M.float(), self.value_FK.flatten()])
+        at = torch.cat([at_M, self.at_FK.flatten()])
+        order = value.argsort(descending=True, stable=True)
+        order = order[latent[order].argsort(stable=True)]
+        latent, value, at = latent[order], value[order], at[order]
+        start_F = torch.searchsorted(latent, torch.arange(width))
+        first = start_F[:, None] + torch.arange(keep)          # every latent has at least the K that it had
+        self.value_FK, self.at_FK = value[first], at[first]
+
+
+@torch.no_grad()
+def describe(
+    judge: Judge, site: str, method: Sparse, tokenizer: Any, *, labels: list[Any] | None = None, sides: list[Tensor] | None = None,
+    around: int = 14, keep: int = 6,
+) -> dict[str, Any]:
+    """What a report says of each latent: density, histogram, logits, top contexts, best concept.
+
+    Args:
+        labels: per batch, {concept: [B, T] bool}; `sides` per batch, [B, T] of 0 (choose on) and 1 (report on).
+    """
+    width = int(method.arguments["width"])
+    top = TopContexts(width, keep)
+    scores = None
+    ids_L, acts = torch.cat([b.input_ids.flatten() for b in judge.batches]), []
+    offset = 0
+    for i, batch in enumerate(judge.batches):
+        keep_BT = rows_of(batch)
+        x_ND = capture(judge.model, [site], input_ids=batch.input_ids)[site][keep_BT]
+        at_N = keep_BT.flatten().nonzero()[:, 0] + offset
+        latent_M, value_M, row_M = active(method, x_ND)
+        top.add(latent_M, value_M, at_N[row_M], len(x_ND))
+        acts.append((at_N[row_M].int(), latent_M.int(), value_M.half()))
+        if labels is not None and sides is not None:
+            scores = _observe(scores, width, labels[i], keep_BT, sides[i], latent_M, value_M, row_M)
+        offset += batch.input_ids.numel()
+    context = judge.batches[0].input_ids.shape[1]
+    return {
+        **_table(top, scores), "site": site, "method": method.name, "width": width,
+        "tokens": [tokenizer.decode([i]) for i in range(len(tokenizer))],
+        "top": _contexts(top, ids_L, acts, context, around, _logits(judge.model, method)),
+    }
+
+
+def _observe(
+    scores: Any, width: int, labels: dict[str, Tensor], keep_BT: Tensor, side_BT: Tensor, latent_M: Tensor, value_M: Tensor, row_M: Tensor,
+) -> Any:
+    from ..tasks.concepts import ConceptScores
+
+    if scores is None:
+        scores = ConceptScores(width, list(labels))
+    labels_NC = torch.stack([labels[name][keep_BT] for name in scores.names], -1)
+    scores.observe(latent_M, value_M, row_M, labels_NC, side_BT[keep_BT])
+    return scores
+
+
+def _table(top: TopContexts, scores: Any) -> dict[str, Any]:
+    density = (top.count_F / max(1, top.rows)).tolist()
+    table: dict[str, Any] = {"density": [round(d, 6) for d in density], "max": [round(v, 3) for v in top.value_FK[:, 0].clamp_min(0).tolist()]}
+    names: list[str] = []
+    if scores is not None:
+        best = scores.best()
+        names = list(scores.names)
+        table |= {"concept": best.concept.tolist(), **{k: [round(v, 3) for v in getattr(best, k).tolist()] for k in ("precision", "recall", "f1")}}
+    return {"table": table, "concepts": names}
+
+
+def _logits(model: nn.Module, method: Sparse, most: int = 8) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens that each latent's decoder row raises and lowers most, through the final norm's gain and the unembedding."""
+    head = model.get_output_embeddings().weight
+    gain = getattr(getattr(model.get_decoder(), "norm", None), "weight", torch.ones(head.shape[1]))
+    up_v, up_i, down_v, down_i = [], [], [], []
+    for rows in method.W_dec_FD.detach().float().split(1024):
+        logits_FV = (rows * gain.float()) @ head.float().T
+        logits_FV = logits_FV - logits_FV.mean(-1, keepdim=True)
+        v, i = logits_FV.topk(most)
+        up_v.append(v), up_i.append(i)
+        v, i = (-logits_FV).topk(most)
+        down_v.append(-v), down_i.append(i)
+    return torch.cat(up_v), torch.cat(up_i), torch.cat(down_v), torch.cat(down_i)
+
+
+def _contexts(top: TopContexts, ids_L: Tensor, acts: list[Any], context: int, around: int, logits: Any) -> list[Any]:
+    up_v, up_i, down_v, down_i = logits
+    at_M = torch.cat([a for a, _, _ in acts]).long()
+    latent_M = torch.cat([b for _, b, _ in acts]).long()
+    value_M = torch.cat([c for _, _, c in acts]).float()
+    width = len(top.value_FK)
+    key = latent_M * len(ids_L) + at_M
+    order = key.argsort()
+    key, value_M = key[order], value_M[order]
+    out = []
+    for f in range(width):
+        contexts = []
+        for at, strongest in zip(top.at_FK[f].tolist(), top.value_FK[f].tolist(), strict=True):
+            if at < 0 or strongest <= 0:
+                continue
+            low = max(at - around, at // context * context)
+            high = min(at + around // 2 + 1, (at // context + 1) * context)
+            a, b = torch.searchsorted(key, torch.tensor([f * len(ids_L) + low, f * len(ids_L) + high])).tolist()
+            shown = torch.zeros(high - low)
+            shown[key[a:b] - f * len(ids_L) - low] = value_M[a:b]
+            contexts.append({"tokens": ids_L[low:high].tolist(), "acts": [round(v, 2) for v in shown.tolist()], "pos": at - low, "doc": ""})
+        out.append({
+            "contexts": contexts, "hist": top.hist_FH[f].tolist(),
+            "logits_up": [[i, round(v, 2)] for i, v in zip(up_i[f].tolist(), up_v[f].tolist(), strict=True)],
+            "logits_down": [[i, round(v, 2)] for i, v in zip(down_i[f].tolist(), down_v[f].tolist(), strict=True)],
+        })
+    return out

@@ -1,0 +1,1 @@
+"""Neurons: which inputs of a linear layer are used for each row."""

@@ -1,0 +1,64 @@
+"""Reports on disk: plain numbers in, report.json out, and back."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInput, Damaged
+from ..store.atomic import write_atomic
+from .schema import Report, validate
+
+NAME = "report.json"
+
+
+def tidy(value: Any) -> Any:
+    """The same value in JSON's terms: NaN and infinity become None, tuples lists, array and tensor values plain numbers."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int | bool):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): tidy(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [tidy(v) for v in value]
+    if hasattr(value, "tolist"):
+        return tidy(value.tolist())
+    if isinstance(value, Path):
+        return str(value)
+    raise BadInput(f"a report holds strings, numbers, lists and objects, not {type(value).__name__}")
+
+
+def dumps(report: Mapping[str, Any]) -> str:
+    """Checked, compact JSON in ASCII: lone surrogates and separators stay escaped. Raises BadInput as `validate`."""
+    return json.dumps(validate(report), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+
+
+def write_report(folder: Path, report: Mapping[str, Any]) -> Path:
+    """Write `folder`/report.json whole or not at all; returns its path. Raises BadInput as `validate`."""
+    path = Path(folder) / NAME
+    text = dumps(tidy(report))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, text.encode("ascii"))
+    return path
+
+
+def read_report(folder: Path) -> Report:
+    """The report of a run folder. Raises BadInput where there is none, Damaged where it cannot be read."""
+    folder = Path(folder)
+    path = folder / NAME
+    if not path.is_file():
+        raise BadInput(f"{folder}: no {NAME}; name a run folder made by `rarefy demo`, `fit`, `judge` or `sweep`")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise BadInput(f"{path}: leads out of the run folder; copy the file instead of linking it")
+    try:
+        report = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path}: not JSON ({error}); make the report again") from None
+    try:
+        return validate(report)
+    except BadInput as error:
+        raise Damaged(f"{path}: {error}") from None

@@ -1,0 +1,1 @@
+"""Weights: which entries of a linear layer are kept."""

@@ -1,0 +1,134 @@
+"""What every weights method shares: a linear layer of which some entries are kept.
+
+Shape letters: O = outputs, I = inputs, ... = rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from ..cost import Cost
+from ..errors import BadInput, Unsupported
+from ..method import Sparse, fraction, positive
+from ..selection import Selection, check_finite, kept, n_of_m, top_k
+
+
+def dense_weight(module: nn.Module, name: str) -> Tensor:
+    """Weight [O, I] of a Linear or of transformers' Conv1D, which keeps it transposed."""
+    if isinstance(module, nn.Linear):
+        return module.weight
+    if type(module).__name__ == "Conv1D":
+        return module.weight.T
+    raise Unsupported(f"{name} works on nn.Linear and Conv1D, not on a {type(module).__name__}")
+
+
+class MaskedLinear(Sparse):
+    """y = (W * mask) x + b. Subclasses say how entries are scored.
+
+    Args:
+        d_in, d_out: I and O.
+        budget: fraction of each output's weights kept (row by row, as Wanda compares them).
+        n, m: keep n of every m consecutive inputs instead; the budget is then n / m.
+        group: "row" compares within an output, "layer" over the whole matrix (unstructured only).
+    """
+
+    unit = "weight"
+
+    def __init__(
+        self, d_in: int, d_out: int, budget: float = 0.5, n: int = 0, m: int = 0, bias: bool = True, group: str = "row",
+    ) -> None:
+        super().__init__()
+        positive("d_in", d_in), positive("d_out", d_out)
+        fraction("budget", budget)
+        if bool(n) != bool(m) or (m and not 0 < n <= m):
+            raise BadInput(f"n={n}, m={m}: give both, with 1 <= n <= m, or neither")
+        if m and d_in % m:
+            raise BadInput(f"m={m} does not divide d_in={d_in}; choose an m that does")
+        if m and budget not in (0.5, n / m):
+            raise BadInput(f"budget={budget} contradicts {n}:{m}, which keeps {n / m:g}; leave one out")
+        if group not in ("row", "layer"):
+            raise BadInput(f"group={group!r} must be row or layer")
+        self.d_in, self.d_out, self.n, self.m, self.group = d_in, d_out, n, m, group
+        self._budget = n / m if m else float(budget)
+        self.weight_OI = nn.Parameter(torch.zeros(d_out, d_in))
+        self.bias_O = nn.Parameter(torch.zeros(d_out)) if bias else None
+        self.register_buffer("mask_OI", torch.ones(d_out, d_in, dtype=torch.bool))
+
+    @classmethod
+    def for_module(cls, module: nn.Module, **arguments: Any) -> Self:
+        """Stand in for a Linear or Conv1D, with a copy of its weight; methods that need no data choose at once."""
+        weight_OI = dense_weight(module, cls.name)
+        bias = getattr(module, "bias", None)
+        made = cls(weight_OI.shape[1], weight_OI.shape[0], bias=bias is not None, **arguments).to(weight_OI)
+        with torch.no_grad():
+            made.weight_OI.copy_(weight_OI)
+            if bias is not None:
+                made.bias_O.copy_(bias)
+        made.mask_OI = made.mask_OI.bool()
+        if cls.fitted == "none":
+            made.mask_OI = made._choose()
+        return made
+
+    @property
+    def budget(self) -> float:
+        """Fraction of weights kept."""
+        return self._budget
+
+    def scores(self) -> Tensor:
+        """[O, I] float32 importance of each weight; only its order within a group matters."""
+        raise NotImplementedError
+
+    def _choose(self) -> Tensor:
+        score_OI = self.scores()
+        if self.m:
+            return n_of_m(score_OI, self.n, self.m).mask
+        if self.group == "layer":
+            return top_k(score_OI.flatten(), kept(self._budget, score_OI.numel())).mask.view_as(score_OI)
+        return top_k(score_OI, kept(self._budget, self.d_in)).mask
+
+    def ready(self) -> None:
+        """Raise BadInput if used before calibration."""
+
+    def select(self, x: Tensor | None = None) -> Selection:
+        """[O, I] mask; the same for every input."""
+        self.ready()
+        return Selection(self.d_in, self.weight_OI, mask_=self.mask_OI)
+
+    def sparse_weight(self) -> Tensor:
+        """[O, I] with zeros where weights were dropped."""
+        self.ready()
+        return self.weight_OI * self.mask_OI
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O]."""
+        check_finite(x, f"input of {self.name}")
+        return linear(x, self.sparse_weight(), self.bias_O)
+
+    def reference(self, x: Tensor) -> Tensor:
+        """The defining sum: y_o = sum over kept i of w_oi x_i + b_o."""
+        terms = torch.where(self.select().mask, self.weight_OI * x[..., None, :], 0)
+        return terms.sum(-1) + (0 if self.bias_O is None else self.bias_O)
+
+    def bake(self, module: nn.Module) -> None:
+        """Write the pruned weight into the module this stands in for, in its own orientation."""
+        weight_OI = dense_weight(module, self.name)
+        if weight_OI.shape != self.weight_OI.shape:
+            raise BadInput(f"{self.name} was fitted to {list(self.weight_OI.shape)}, not to {list(weight_OI.shape)}")
+        with torch.no_grad():
+            weight_OI.copy_(self.sparse_weight())
+
+    def cost(self, density: float | None = None) -> Cost:
+        """Counted for the cheaper of compressed sparse rows (value + 4-byte column) and dense storage."""
+        density = self._budget if density is None else density
+        size, entries = self.weight_OI.element_size(), self.weight_OI.numel()
+        index = 0.25 if self.m else 4
+        return Cost(2 * entries * density, min(entries * density * (size + index), entries * size))
+
+    def dense_cost(self) -> Cost:
+        """A full matrix-vector product a row."""
+        entries = self.weight_OI.numel()
+        return Cost(2 * entries, entries * self.weight_OI.element_size())
