@@ -109,15 +109,11 @@ def active(method: Sparse, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class TopContexts:
-    """The K strongest tokens of each latent, and a histogram of its activations, kept while text streams by."""
-
-    BINS = 24
-    """Half-octaves of activation, from 1/16 up."""
+    """The K strongest tokens of each latent, kept while text streams by."""
 
     def __init__(self, width: int, keep: int = 6) -> None:
         self.value_FK = torch.full((width, keep), -1.0)
         self.at_FK = torch.full((width, keep), -1, dtype=torch.long)
-        self.hist_FH = torch.zeros(width, self.BINS, dtype=torch.long)
         self.count_F = torch.zeros(width, dtype=torch.long)
         self.rows = 0
 
@@ -126,14 +122,12 @@ class TopContexts:
         width, keep = self.value_FK.shape
         self.rows += rows
         self.count_F += torch.bincount(latent_M, minlength=width)
-        bin_M = (value_M.clamp_min(1e-9).log2() * 2 + 8).floor().clamp(0, self.BINS - 1).long()
-        self.hist_FH.view(-1).index_add_(0, latent_M * self.BINS + bin_M, torch.ones_like(latent_M))
         # Merge with what is kept: sort by latent, then by falling value, and take the first K of each latent.
         latent = torch.cat([latent_M, torch.arange(width).repeat_interleave(keep)])
         value = torch.cat([value_M.float(), self.value_FK.flatten()])
         at = torch.cat([at_M, self.at_FK.flatten()])
-        order = value.argsort(descending=True, stable=True)
-        order = order[latent[order].argsort(stable=True)]
+        order = value.argsort(dim=-1, descending=True, stable=True)
+        order = order[latent[order].argsort(dim=-1, stable=True)]
         latent, value, at = latent[order], value[order], at[order]
         start_F = torch.searchsorted(latent, torch.arange(width))
         first = start_F[:, None] + torch.arange(keep)          # every latent has at least the K that it had
@@ -143,7 +137,7 @@ class TopContexts:
 @torch.no_grad()
 def describe(
     judge: Judge, site: str, method: Sparse, tokenizer: Any, *, labels: list[Any] | None = None, sides: list[Tensor] | None = None,
-    around: int = 14, keep: int = 6,
+    doc_names: list[str] | None = None, around: int = 14, keep: int = 6,
 ) -> dict[str, Any]:
     """What a report says of each latent: density, histogram, logits, top contexts, best concept.
 
@@ -166,10 +160,13 @@ def describe(
             scores = _observe(scores, width, labels[i], keep_BT, sides[i], latent_M, value_M, row_M)
         offset += batch.input_ids.numel()
     context = judge.batches[0].input_ids.shape[1]
+    doc_L = torch.cat([b.doc.flatten() for b in judge.batches])
+    at_M, latent_M, value_M = (torch.cat(parts).long() if i < 2 else torch.cat(parts).float() for i, parts in enumerate(zip(*acts, strict=True)))
+    kept = _Kept(ids_L, doc_L, doc_names, context, latent_M * len(ids_L) + at_M, value_M)
     return {
         **_table(top, scores), "site": site, "method": method.name, "width": width,
         "tokens": [tokenizer.decode([i]) for i in range(len(tokenizer))],
-        "top": _contexts(top, ids_L, acts, context, around, _logits(judge.model, method)),
+        "top": _tops(top, kept, around, _histograms(top, latent_M, value_M), _logits(judge.model, method)),
     }
 
 
@@ -211,30 +208,56 @@ def _logits(model: nn.Module, method: Sparse, most: int = 8) -> tuple[Tensor, Te
     return torch.cat(up_v), torch.cat(up_i), torch.cat(down_v), torch.cat(down_i)
 
 
-def _contexts(top: TopContexts, ids_L: Tensor, acts: list[Any], context: int, around: int, logits: Any) -> list[Any]:
-    up_v, up_i, down_v, down_i = logits
-    at_M = torch.cat([a for a, _, _ in acts]).long()
-    latent_M = torch.cat([b for _, b, _ in acts]).long()
-    value_M = torch.cat([c for _, _, c in acts]).float()
+HIST_BINS = 20
+
+
+def _histograms(top: TopContexts, latent_M: Tensor, value_M: Tensor) -> Tensor:
+    """[F, 20] counts of each latent's activations in equal bins from 0 to its strongest."""
     width = len(top.value_FK)
-    key = latent_M * len(ids_L) + at_M
-    order = key.argsort()
-    key, value_M = key[order], value_M[order]
-    out = []
-    for f in range(width):
-        contexts = []
-        for at, strongest in zip(top.at_FK[f].tolist(), top.value_FK[f].tolist(), strict=True):
-            if at < 0 or strongest <= 0:
-                continue
-            low = max(at - around, at // context * context)
-            high = min(at + around // 2 + 1, (at // context + 1) * context)
-            a, b = torch.searchsorted(key, torch.tensor([f * len(ids_L) + low, f * len(ids_L) + high])).tolist()
-            shown = torch.zeros(high - low)
-            shown[key[a:b] - f * len(ids_L) - low] = value_M[a:b]
-            contexts.append({"tokens": ids_L[low:high].tolist(), "acts": [round(v, 2) for v in shown.tolist()], "pos": at - low, "doc": ""})
+    most_F = top.value_FK[:, 0].clamp_min(1e-9)
+    bin_M = (value_M / most_F[latent_M] * HIST_BINS).long().clamp(0, HIST_BINS - 1)
+    return torch.bincount(latent_M * HIST_BINS + bin_M, minlength=width * HIST_BINS).view(width, HIST_BINS)
+
+
+class _Kept:
+    """Every activation of the text, to be looked up by latent and place."""
+
+    def __init__(self, ids_L: Tensor, doc_L: Tensor, names: list[str] | None, context: int, key_M: Tensor, value_M: Tensor) -> None:
+        order = key_M.argsort()
+        self.key, self.value = key_M[order], value_M[order]
+        self.ids, self.doc, self.names, self.context = ids_L, doc_L, names, context
+
+    def around(self, latent: int, at: int, before: int) -> dict[str, Any]:
+        """Tokens about a place, in its window and document, with the latent's activations along them."""
+        low = max(at - before, at // self.context * self.context)
+        high = min(at + before // 2 + 1, (at // self.context + 1) * self.context)
+        same = self.doc[low:high] == self.doc[at]
+        low, high = low + int(same.nonzero()[0]), low + int(same.nonzero()[-1]) + 1
+        base = latent * len(self.ids)
+        a, b = torch.searchsorted(self.key, torch.tensor([base + low, base + high])).tolist()
+        shown = torch.zeros(high - low)
+        shown[self.key[a:b] - base - low] = self.value[a:b]
+        doc = int(self.doc[at])
+        return {
+            "tokens": self.ids[low:high].tolist(), "acts": [round(v, 2) for v in shown.tolist()], "pos": at - low,
+            "doc": self.names[doc] if self.names else str(doc),
+        }
+
+
+def _pairs(index: Tensor, value: Tensor) -> list[list[float]]:
+    return [[i, round(v, 2)] for i, v in zip(index.tolist(), value.tolist(), strict=True)]
+
+
+def _tops(top: TopContexts, kept: _Kept, before: int, hist_FH: Tensor, logits: Any) -> list[Any]:
+    """Per latent what the page shows of it; None for latents that never fired."""
+    up_v, up_i, down_v, down_i = logits
+    out: list[Any] = []
+    for f, (ats, values) in enumerate(zip(top.at_FK.tolist(), top.value_FK.tolist(), strict=True)):
+        if values[0] <= 0:
+            out.append(None)
+            continue
         out.append({
-            "contexts": contexts, "hist": top.hist_FH[f].tolist(),
-            "logits_up": [[i, round(v, 2)] for i, v in zip(up_i[f].tolist(), up_v[f].tolist(), strict=True)],
-            "logits_down": [[i, round(v, 2)] for i, v in zip(down_i[f].tolist(), down_v[f].tolist(), strict=True)],
+            "contexts": [kept.around(f, at, before) for at, v in zip(ats, values, strict=True) if v > 0],
+            "hist": hist_FH[f].tolist(), "logits_up": _pairs(up_i[f], up_v[f]), "logits_down": _pairs(down_i[f], down_v[f]),
         })
     return out

@@ -49,7 +49,13 @@ class Text:
     fit: list[Any]
     judge: list[Any]
     fit_names: list[str]
-    judge_names: list[str]
+    judge_docs: list[Any]
+    """In the order of the batches' document numbers."""
+
+    @property
+    def judge_names(self) -> list[str]:
+        """Names of the documents judged on."""
+        return [d.name for d in self.judge_docs]
 
 
 def read_text(spec: str, opened: Opened, *, context: int, fit_tokens: int, judge_tokens: int, batch: int = 8) -> Text:
@@ -67,9 +73,11 @@ def read_text(spec: str, opened: Opened, *, context: int, fit_tokens: int, judge
             raise BadInput(f"data {spec!r} holds {len(both)} document; at least two are needed, one to fit on and one to judge on")
         middle = max(1, len(both) // 10)
         fit_docs, judge_docs = both[middle:], both[:middle]
-    fit = list(pack(_mixed(fit_docs), opened.tokenizer, context, batch, max_tokens=fit_tokens or None)) if fit_tokens >= 0 else []
-    judge = list(pack(_mixed(judge_docs), opened.tokenizer, context, batch, max_tokens=judge_tokens or None))
-    return Text(fit, judge, [d.name for d in fit_docs], [d.name for d in judge_docs])
+    judge_docs = _mixed(judge_docs)
+    fit = list(pack(_mixed(fit_docs), opened.tokenizer, context, batch, max_tokens=fit_tokens or None))
+    judge = list(pack(judge_docs, opened.tokenizer, context, batch, max_tokens=judge_tokens or None))
+    read = 1 + max(int(b.doc.max()) for b in judge)
+    return Text(fit, judge, [d.name for d in fit_docs], judge_docs[:read])
 
 
 def _mixed(docs: list[Any]) -> list[Any]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FORMAT = "rarefy-checkpoint"
 TENSORS, MANIFEST = "tensors.safetensors", "manifest.json"
-_NAME = re.compile(r"step-(\d{12})(?:-(\d{4}))?")
+NAME = re.compile(r"step-(\d{12})(?:-(\d{4}))?")
 _LEFT = (".tmp-", ".gone-")
 
 
@@ -97,7 +97,7 @@ def load_checkpoint(root: str | Path, *, fs: FS = DISK) -> Checkpoint | None:
 
 def checkpoints(root: Path, fs: FS = DISK) -> list[Path]:
     """Folders of checkpoints, oldest first; whole or not."""
-    found = [(int(m[1]), int(m[2] or 0), root / name) for name in fs.names(root) if (m := _NAME.fullmatch(name))]
+    found = [(int(m[1]), int(m[2] or 0), root / name) for name in fs.names(root) if (m := NAME.fullmatch(name))]
     return [path for _, _, path in sorted(found)]
 
 
@@ -141,7 +141,7 @@ def _short(value: Any) -> str:
 
 def _manifest(folder: Path, fs: FS) -> dict[str, Any]:
     document = read_sealed(folder / MANIFEST, FORMAT, fs=fs)
-    name, files = _NAME.fullmatch(folder.name), document.get("files")
+    name, files = NAME.fullmatch(folder.name), document.get("files")
     listed = files.get(TENSORS) if isinstance(files, dict) and len(files) == 1 else None
     if not isinstance(listed, dict) or type(listed.get("bytes")) is not int or not isinstance(document.get("meta"), dict):
         raise Damaged(f"{folder / MANIFEST} does not describe a checkpoint")

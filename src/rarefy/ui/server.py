@@ -129,7 +129,9 @@ def make_app(run_folder: Path, hosts: Iterable[str] = LOOPBACK, token: str = "")
 
     routes = [Route("/", _file("index.html")), Route("/" + NAME, report), Route("/static/style.css", _file("style.css"))]
     routes += [Route(f"/static/{name}", _file(name)) for name in module_order()]
-    return Guard(Starlette(routes=routes), hosts, token)
+    app = Starlette(routes=routes)
+    app.router.redirect_slashes = False
+    return Guard(app, hosts, token)
 
 
 def check_address(host: str, token: str) -> tuple[str, ...]:

@@ -1,5 +1,5 @@
 // Training curves: one small chart a quantity, one line a method.
-import { h, svg } from "./dom.js";
+import { h, onWidth, svg } from "./dom.js";
 import { known, metricName, num } from "./format.js";
 import { key, look } from "./marks.js";
 import { makeScale } from "./scale.js";
@@ -43,14 +43,10 @@ export function curvesPanel(curves) {
   const names = [...new Set(curves.flatMap((c) => Object.keys(c.series)))].filter((n) => n !== "step");
   const cells = names.map((name) => {
     const cell = h("figure", { class: "small" }), mine = curves.filter((c) => c.series[name]);
-    let last = 0;
-    new ResizeObserver(() => {
-      const width = cell.clientWidth;
-      if (width < 50 || Math.abs(width - last) <= 2) return;
-      last = width;
+    onWidth(cell, (width) => {
       const drawn = smallChart(name, mine, width);
       cell.replaceChildren(h("figcaption", {}, metricName(name)), ...(drawn ?? [h("p", { class: "faint" }, "no values")]));
-    }).observe(cell);
+    });
     return cell;
   });
   return h("div", { class: "panel" }, h("ul", { class: "legend" }, curves.map((c) => h("li", {}, key(look(c.method, "method")), c.method))), h("div", { class: "smalls" }, cells));

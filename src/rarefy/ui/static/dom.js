@@ -46,3 +46,14 @@ export function table(head, rows, caption) {
       h("thead", {}, h("tr", {}, head.map((name, i) => h("th", { scope: "col", class: i && rows.length && /^[-+−<]?[\d–]/.test(String(rows[0][i])) ? "n" : null }, name)))),
       h("tbody", {}, rows.map((row) => h("tr", {}, row.map((v, i) => cell(i ? "td" : "th", v, i, i ? null : "row")))))));
 }
+
+// Draws when the element first has a width and whenever that changes; in a frame of its own, so that drawing cannot feed itself.
+export function onWidth(node, draw) {
+  let last = 0;
+  new ResizeObserver(() => requestAnimationFrame(() => {
+    const width = node.clientWidth;
+    if (width < 50 || Math.abs(width - last) <= 2) return;
+    last = width;
+    draw(width);
+  })).observe(node);
+}

@@ -1,6 +1,8 @@
 // Numbers as people read them.
 export const known = (v) => typeof v === "number" && Number.isFinite(v);
 
+const superscript = (e) => String(e).replace(/./g, (c) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[c] ?? "⁻");
+
 export function num(v, digits = 3) {
   if (!known(v)) return "–";
   const size = Math.abs(v);
@@ -10,7 +12,7 @@ export function num(v, digits = 3) {
     return (v / 10 ** (3 * step)).toPrecision(3).replace(/\.?0+$/, (m) => (m.includes(".") ? "" : m)) + ["", " k", " M", " G", " T"][step];
   }
   if (size >= 1000) return Math.round(v).toLocaleString("en");
-  if (size < 1e-3) return v.toExponential(1).replace("e", "·10^").replace("^+", "^");
+  if (size < 1e-3) return v.toExponential(1).replace(/\.0?(?=e)|e([+-]\d+)/g, (m, e) => (e ? "×10" + superscript(Number(e)) : ""));
   return String(Number(v.toPrecision(digits)));
 }
 

@@ -1,5 +1,5 @@
 // One unit's panel: quality kept against cost paid, for methods, baselines and the dense model.
-import { h, svg, table } from "./dom.js";
+import { h, onWidth, svg, table } from "./dom.js";
 import { better, bytes, interval, known, metricName, num, percent } from "./format.js";
 import { key, look, mark } from "./marks.js";
 import { makeScale } from "./scale.js";
@@ -13,12 +13,12 @@ export function costShare(point, name) {
 const xOf = (p, name) => (SHARES.includes(name) ? (p.role === "dense" ? 1 : costShare(p, name)) : (p[name] ?? p.metrics?.[name]?.mean ?? null));
 const yOf = (p, name) => p.metrics?.[name] ?? null;
 
+// Points that no other beats. Costs within 2 % count as equal: methods rarely hit a budget to the digit.
 export function paretoFront(points, x, y, side) {
   const sign = side === "high" ? -1 : 1;
-  const sorted = points.filter((p) => p.role !== "dense" && known(xOf(p, x)) && known(yOf(p, y)?.mean))
-    .sort((a, b) => xOf(a, x) - xOf(b, x) || sign * (yOf(a, y).mean - yOf(b, y).mean));
-  let best = Infinity;
-  return sorted.filter((p) => sign * yOf(p, y).mean < best && ((best = sign * yOf(p, y).mean), true));
+  const all = points.filter((p) => p.role !== "dense" && known(xOf(p, x)) && known(yOf(p, y)?.mean)).map((p) => ({ p, x: xOf(p, x), y: sign * yOf(p, y).mean }));
+  const beaten = (a) => all.some((b) => b !== a && ((b.y < a.y && b.x <= a.x + 0.02 * Math.abs(a.x)) || (b.y === a.y && b.x < a.x)));
+  return all.filter((a) => !beaten(a)).sort((a, b) => a.x - b.x).map((a) => a.p);
 }
 
 function axes(unit, state, width, height, box) {
@@ -63,17 +63,15 @@ function showTip(node, said) {
 }
 const hideTip = () => { tip().hidden = true; };
 
-function placeLabels(series, ax, box) {
-  const placed = [];
+function placeLabels(series, box, denseY) {
+  const placed = known(denseY) ? [{ y: denseY - 6, left: box.left, right: box.left + 44 }] : [];
   for (const s of [...series].sort((a, b) => a.at[0][1] - b.at[0][1])) {
-    const [px, py] = s.at[0], w = s.name.length * 6.6;
-    let y = py;
-    while (placed.some((q) => Math.abs(q.y - y) < 15 && px - 14 - w < q.right && q.left < px - 12)) y += 3;
-    const limit = box.floor;
-    if (y > limit) y = limit;
-    placed.push({ s, y, px, py, left: px - 14 - w, right: px - 12 });
+    const [px, py] = s.at[0], left = px - 14 - s.name.length * 6.8, right = px - 12;
+    const free = (y) => y >= box.top && y <= box.floor && !placed.some((q) => Math.abs(q.y - y) < 15 && left < q.right && q.left < right);
+    const shift = Array.from({ length: 80 }, (_, i) => (i % 2 ? 1 : -1) * 3 * Math.ceil(i / 2)).find((d) => free(py + d)) ?? 0;
+    placed.push({ s, y: py + shift, px, py, left, right });
   }
-  return placed.map(({ s, y, px, py }) => [
+  return placed.filter((q) => q.s).map(({ s, y, px, py }) => [
     Math.abs(y - py) > 4 && svg("path", { class: "leader", d: `M${px - 7} ${py}L${px - 12} ${y}` }),
     svg("text", { x: px - 14, y: y + 4, class: `label ${s.style.tone}`, "text-anchor": "end" }, s.name),
   ]);
@@ -116,7 +114,7 @@ function pointNode(p, [px, py], style, ax, state, front) {
 function chart(unit, state, width) {
   const height = Math.round(Math.max(280, Math.min(430, width * 0.52)));
   const longest = Math.max(0, ...unit.points.map((p) => (p.role === "dense" ? 0 : p.method.length)));
-  const box = { left: 62, right: 12, top: 16, bottom: 44, floor: height - 54, label: Math.min(190, longest * 6.6 + 22) };
+  const box = { left: 62, right: 12, top: 16, bottom: 44, floor: height - 48, label: Math.min(190, longest * 6.6 + 22) };
   const ax = axes(unit, state, width, height, box);
   if (!ax.drawn.length) return h("p", { class: "wait" }, "No point has both quantities.");
   const side = state.y === unit.y.key ? unit.y.better : better(state.y);
@@ -134,10 +132,10 @@ function chart(unit, state, width) {
   grid(ax, state, width, height, box),
   svg("text", { class: "axis-name", x: width - box.right, y: height - 6, "text-anchor": "end" }, (state.x === unit.x.key ? unit.x.label : metricName(state.x)) + " →"),
   ax.dense && [svg("line", { class: "dense-line", x1: box.left, x2: width - box.right, y1: denseY, y2: denseY }),
-    svg("text", { class: "label dense", x: box.left + 6, y: denseY + (denseY < box.top + 20 ? 14 : -6) }, "dense")],
+    svg("text", { class: "label dense", x: box.left + 6, y: denseY - 5 }, "dense")],
   front.size > 1 && svg("path", { class: "front", d: line([...front].map((p) => [ax.x(xOf(p, state.x)), ax.y(yOf(p, state.y).mean)])) }),
   series.map((s) => s.at.length > 1 && svg("path", { class: `series ${s.style.tone} ${s.style.role}`, d: line(s.at) })),
-  nodes, width > 620 && placeLabels(series, ax, box));
+  nodes, width > 620 && placeLabels(series, box, denseY));
 }
 
 function roam(e, nodes) {
@@ -170,17 +168,16 @@ export function frontierPanel(unit) {
   const metrics = [...new Set(unit.points.flatMap((p) => Object.keys(p.metrics ?? {})))];
   const xs = ["density", "budget", ...SHARES.filter((k) => unit.points.some((p) => known(costShare(p, k))))];
   const sizes = unit.points.map((p) => Math.abs(p.metrics?.[unit.y.key]?.mean ?? 0)).filter((v) => v > 0);
-  const state = { x: unit.x.key, y: unit.y.key, log: Math.max(...sizes) / Math.min(...sizes) > 30 };
+  const state = { x: unit.x.key, y: unit.y.key, log: Math.max(...sizes) / Math.min(...sizes) > 10 };
   const plot = h("div", { class: "plot" }), drawer = h("div", { hidden: true });
   let last = 0;
-  const draw = (width = plot.clientWidth) => {
-    if (width < 50) return;
+  const draw = (width) => {
     last = width;
     const side = state.y === unit.y.key ? unit.y.better : better(state.y);
     plot.replaceChildren(h("p", { class: "y-name" }, state.y === unit.y.key ? unit.y.label : metricName(state.y), h("span", {}, side === "low" ? " ↓ lower is better" : " ↑ higher is better")), chart(unit, state, width));
     if (!drawer.hidden) drawer.replaceChildren(pointTable(unit, state));
   };
-  new ResizeObserver(() => { if (Math.abs(plot.clientWidth - last) > 2) draw(); }).observe(plot);
+  onWidth(plot, draw);
   const toggle = h("button", { type: "button", "aria-expanded": "false", onclick: () => {
     drawer.hidden = !drawer.hidden; toggle.setAttribute("aria-expanded", String(!drawer.hidden)); toggle.textContent = drawer.hidden ? "Show table" : "Hide table"; draw(last);
   } }, "Show table");

@@ -1,5 +1,5 @@
 // The latent browser: a virtual list of any length, and the page of one latent.
-import { h, svg, tokenText } from "./dom.js";
+import { h, onWidth, svg, tokenText } from "./dom.js";
 import { known, num, percent } from "./format.js";
 
 const ROW = 30;
@@ -21,7 +21,7 @@ export function makeIndex(latents) {
     if (alive) rows = rows.filter((row) => t.density[row] > 0);
     if (asked) rows = rows.filter((row) => id(row) === number || (!asked.startsWith("#") && words()[row].includes(asked)));
     const [column, , sign] = SORTS.find(([c]) => c === by);
-    const value = (row) => (column === "id" ? id(row) : known(t[column]?.[row]) ? t[column][row] : -Infinity * sign);
+    const value = (row) => (column === "id" ? id(row) : known(t[column]?.[row]) ? t[column][row] : Infinity * sign);
     const exact = (row) => (number !== null && id(row) === number ? 0 : 1);
     const key = new Float64Array(n);
     for (const row of rows) key[row] = sign * value(row);
@@ -60,7 +60,7 @@ function virtualList(index, onpick) {
     const step = { ArrowDown: 1, ArrowUp: -1, PageDown: 15, PageUp: -15, Home: -1e9, End: 1e9 }[e.key];
     if (step) { e.preventDefault(); choose(at + step); }
   });
-  new ResizeObserver(() => paint(true)).observe(view);
+  onWidth(view, () => paint(true));
   return { view, set(found) { rows = found; space.style.height = rows.length * ROW + "px"; view.scrollTop = 0; first = -1; choose(0); }, go(row) { const place = rows.indexOf(row); if (place >= 0) choose(place); } };
 }
 
@@ -97,7 +97,7 @@ function latentPage(latents, index, row) {
     top && h("div", { class: "trio" },
       top.hist?.length ? h("div", {}, h("h4", {}, "Activations, log count"), histogram(top.hist, { label: "activation counts", from: "0", to: num(t.max?.[row]) })) : null,
       top.logits_up?.length ? logitList("Raises", top.logits_up, latents.tokens, "up") : null, top.logits_down?.length ? logitList("Lowers", top.logits_down, latents.tokens, "down") : null),
-    top?.contexts?.length ? [h("h4", {}, "Where it fires most", h("span", { class: "faint" }, "  · space  ⏎ newline  ⇥ tab; the peak is boxed")), h("ol", { class: "contexts" }, top.contexts.map((c) => contextLine(c, latents.tokens, most)))] : null,
+    top?.contexts?.length ? [h("h4", {}, "Where it fires most", h("span", { class: "faint" }, " (· space, ⏎ newline, ⇥ tab; the peak is boxed)")), h("ol", { class: "contexts" }, top.contexts.map((c) => contextLine(c, latents.tokens, most)))] : null,
   ].flat().filter(Boolean);
 }
 

@@ -13,8 +13,6 @@ function themeButton() {
   const keep = (v) => { try { localStorage.setItem("rarefy-theme", v); } catch { /* private mode or file: the choice lasts for this visit */ } };
   let state = "auto";
   try { state = localStorage.getItem("rarefy-theme") ?? "auto"; } catch { /* same */ }
-  const asked = /^#theme=(light|dark)$/.exec(location.hash)?.[1];
-  if (asked) state = asked;
   if (!STATES.includes(state)) state = "auto";
   const button = h("button", { type: "button", class: "theme", onclick: () => { state = STATES[(STATES.indexOf(state) + 1) % 3]; keep(state); show(); } });
   const show = () => {
@@ -74,4 +72,6 @@ export function renderPage(report, root) {
   const nav = h("nav", { "aria-label": "Sections" }, parts.map(([node, name]) => h("a", { href: "#" + node.id }, name)));
   root.replaceChildren(header(report), nav, ...parts.map(([node]) => node));
   root.removeAttribute("aria-busy");
+  // The place named in the address did not exist when the browser looked for it; panels take their height a frame later.
+  if (location.hash.length > 1) setTimeout(() => document.getElementById(location.hash.slice(1))?.scrollIntoView({ behavior: "instant" }), 60);
 }

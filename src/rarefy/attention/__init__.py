@@ -1,0 +1,1 @@
+"""Keys and key blocks: which of them each query attends to."""

@@ -1,0 +1,126 @@
+"""From points, curves and latents to a page."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInput
+from ..frontier import Frontier, Point
+from ..store.lines import read_lines
+from ..ui import export, read_report, serve
+from ..ui import write_report as write_json
+from .models import Opened, Text
+from .screen import Screen
+
+PLURAL = {"latent": "latents", "weight": "weights", "neuron": "neurons", "key": "attention", "key block": "attention"}
+QUESTIONS = {
+    "latents": "How much of the stream do a few active latents carry?",
+    "weights": "How many weights can go before the text is predicted worse?",
+    "neurons": "How many inputs of each linear layer does a token need?",
+    "attention": "How few keys can each query look at?",
+}
+
+
+def unit_panel(unit: str, points: Sequence[Point], verdict: str, *, x: tuple[str, str] = ("density", "fraction kept"),
+               y: tuple[str, str, str] = ("ce_increase", "CE increase (nats a token)", "low")) -> dict[str, Any]:
+    """One frontier of the page."""
+    return {
+        "unit": unit, "question": QUESTIONS[unit], "x": {"key": x[0], "label": x[1]},
+        "y": {"key": y[0], "label": y[1], "better": y[2]}, "verdict": verdict,
+        "points": [
+            {"method": p.method, "role": p.role, "budget": p.budget, "density": p.density, "metrics": p.as_json()["metrics"], "cost": p.cost}
+            for p in points
+        ],
+    }
+
+
+def curves(log: Path) -> list[dict[str, Any]]:
+    """Training curves from a run's log."""
+    records = read_lines(log) if log.exists() else []
+    out = []
+    for name in dict.fromkeys(n for r in records for n in r["methods"]):
+        rows = [r for r in records if name in r["methods"]]
+        series: dict[str, list[Any]] = {"step": [r["step"] for r in rows], "tokens_per_s": [r["rows_per_s"] for r in rows]}
+        for part in ("loss", "fvu", "l0", "dead"):
+            if any(part in r["methods"][name] for r in rows):
+                series[part] = [r["methods"][name].get(part) for r in rows]
+        out.append({"method": name, "series": series})
+    return out
+
+
+def cost_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """Cost table: each point that has counted work."""
+    return [
+        {"what": f"{p.method} at {p.budget:.0%}" if p.budget >= 0.005 else p.method, **p.cost, "note": p.note}
+        for p in points if p.cost and p.role != "dense"
+    ]
+
+
+def _made(seconds: float) -> dict[str, Any]:
+    packages = ("rarefy", "torch", "transformers", "numpy")
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except Exception:  # a package that runs from source has no metadata
+            found[name] = "source"
+    return {
+        "command": " ".join(["rarefy", *sys.argv[1:]]), "versions": {"python": platform.python_version(), **found},
+        "seconds": round(seconds, 1), "machine": f"{platform.system()} {platform.machine()}, {_cores()} cores",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def page(
+    title: str, opened: Opened, text: Text, data: str, units: list[dict[str, Any]], screen: Screen, *,
+    points: Sequence[Point] = (), log: Path | None = None, latents: dict[str, Any] | None = None, notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The whole report as the page takes it."""
+    card = opened.card()
+    held = f"{len(text.judge_names)} documents held out by name, none of them fitted on"
+    return {
+        "schema": 1, "title": title, "made": _made(sum(s["seconds"] for s in screen.stages)),
+        "model": {k: card[k] for k in ("name", "params", "layers", "d_model", "vocab")} | {"data": data, "heldout": held, "sha256": card["sha256"]},
+        "steps": screen.stages, "units": units, "curves": curves(log) if log else [], "latents": latents,
+        "costs": cost_rows(points), "notes": list(notes),
+    }
+
+
+def write_report(run: Path, report: dict[str, Any]) -> Path:
+    """report.json and the self-contained report.html of a run."""
+    write_json(run, report)
+    return export(report, run / "report.html")
+
+
+def sweep_report(request: Any, opened: Opened, text: Text, frontier: Frontier, verdict: str, screen: Screen, run: Any) -> dict[str, Any]:
+    """The page of a sweep."""
+    units = []
+    for unit in dict.fromkeys(PLURAL[p.unit] for p in frontier.points):
+        units.append(unit_panel(unit, [p for p in frontier.points if PLURAL[p.unit] == unit], verdict))
+    title = f"{', '.join(request.methods)} on {opened.info.name}"
+    return page(title, opened, text, request.data, units, screen, points=frontier.points)
+
+
+def show(run: Path, *, port: int, host: str, token: str, export: Path | None, say: Callable[[str], None]) -> None:
+    """Serve a run's page, or write it as one file."""
+    if not run.is_dir():
+        raise BadInput(f"{run}: no such folder; `rarefy demo` makes runs/demo")
+    report = read_report(run)
+    if export is not None:
+        from ..ui import export as write_page
+
+        say(f"wrote {write_page(report, export)}")
+        return
+    serve(run, port=port, host=host, token=token, say=say)

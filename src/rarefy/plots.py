@@ -1,0 +1,170 @@
+"""A unit's frontier as one static SVG, for README and notebooks: quality against cost, no script and no library.
+
+Readable on light and dark paper; methods differ by shape and label, not only by colour.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from xml.sax.saxutils import escape
+
+from .errors import BadInput
+
+WIDTH, HEIGHT = 760, 430
+LEFT, RIGHT, TOP, BOTTOM = 70, 26, 46, 56
+COLOURS = ("#2f81c4", "#d2601a", "#2f9460", "#a552ab", "#a8830a", "#c43d60", "#5a6bd0", "#1b9092")
+GREY, FRONT = "#7d858d", "#e0a92e"
+SHAPES = (
+    "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0z", "M-4-4h8v8h-8z", "M0-5.4L5 3.6H-5z", "M0-5.6L5.6 0L0 5.6L-5.6 0z", "M0 5.4L5-3.6H-5z",
+    "M-5 0L-2.5-4.4H2.5L5 0L2.5 4.4H-2.5z",
+)
+SAME_COST = 0.02
+_COSTS = ("flops", "bytes", "ms")
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufffe\uffff\ud800-\udfff]")
+
+Point = Mapping[str, Any]
+
+
+def axis_value(point: Point, key: str) -> float | None:
+    """A point's place on the axis `key`: density, budget, a cost as fraction of dense, or a metric's mean; None if unknown."""
+    if key in _COSTS:
+        cost = point["cost"]
+        dense, sparse = cost.get("dense_" + key), cost.get(key)
+        return 1.0 if point["role"] == "dense" else sparse / dense if dense and sparse is not None else None
+    if key in ("density", "budget"):
+        return point[key]
+    return (point["metrics"].get(key) or {}).get("mean")
+
+
+def pareto_front(points: Sequence[Point], x: str, y: str, better: str = "low") -> list[Point]:
+    """Points that no other beats in quality at a cost not more than 2 % above theirs, by rising cost; the dense model stands aside."""
+    sign = 1 if better == "low" else -1
+    known = [(axis_value(p, x), axis_value(p, y), p) for p in points if p["role"] != "dense"]
+    placed = [(a, sign * b, p) for a, b, p in known if a is not None and b is not None]
+
+    def beaten(a: float, b: float, p: Point) -> bool:
+        return any(q is not p and (d < b and c <= a + SAME_COST * abs(a) or d == b and c < a) for c, d, q in placed)
+
+    return [p for a, b, p in sorted(placed, key=lambda t: t[:2]) if not beaten(a, b, p)]
+
+
+def frontier_svg(unit: Mapping[str, Any]) -> str:
+    """SVG text of one entry of a report's `units`. Raises BadInput where no point has both quantities."""
+    x, y = unit["x"]["key"], unit["y"]["key"]
+    points = [p for p in unit["points"] if axis_value(p, x) is not None and axis_value(p, y) is not None]
+    sparse = [p for p in points if p["role"] != "dense"]
+    if not sparse:
+        raise BadInput(f"frontier of {unit['unit']}: no point has both {x!r} and {y!r}")
+    at_x, at_y, grid = _axes(sparse, points, x, y)
+    spot = lambda p: (at_x(axis_value(p, x)), at_y(axis_value(p, y)))  # noqa: E731
+    body = [*grid, *_frame(unit)]
+    front = [spot(p) for p in pareto_front(points, x, y, unit["y"].get("better", "low"))]
+    if len(front) > 1:
+        body.append(f'<path d="{_line(front)}" fill="none" stroke="{FRONT}" stroke-width="9" stroke-linecap="round" stroke-linejoin="round" opacity=".45"/>')
+    for p in points:
+        if p["role"] == "dense":
+            v = spot(p)[1]
+            body.append(f'<path d="M{LEFT} {v:.1f}H{WIDTH - RIGHT}" stroke="{GREY}" stroke-dasharray="2 4"/>' + _text(WIDTH - RIGHT, v - 5, "dense", "end"))
+            break
+    names = list(dict.fromkeys(p["method"] for p in sparse))
+    counts = {"method": 0, "baseline": 0}
+    taken: list[float] = []
+    for name in names:
+        mine = sorted((p for p in sparse if p["method"] == name), key=lambda p: axis_value(p, x))
+        body += _series(name, mine, spot, at_y, y, counts[mine[0]["role"]], taken)
+        counts[mine[0]["role"]] += 1
+    title = escape(_clean(f"{unit['y']['label']} against {unit['x']['label']}"))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" font-family="system-ui, sans-serif" font-size="12.5">'
+        f"<title>{title}</title>\n" + "\n".join(body) + "\n</svg>\n"
+    )
+
+
+def _axes(sparse: Sequence[Point], points: Sequence[Point], x: str, y: str) -> tuple[Callable[..., float], Callable[..., float], list[str]]:
+    xs, ys = [axis_value(p, x) for p in sparse], [axis_value(p, y) for p in points]
+    sizes = sorted(abs(v) for v in ys if v)
+    log_x = min(xs) > 0 and max(xs) / min(xs) > 20
+    log_y = bool(sizes) and sizes[-1] / sizes[0] > 10
+    knee = max(sizes[len(sizes) // 4], sizes[-1] / 1000) if sizes else 1.0
+    warp_x = math.log if log_x else lambda v: v
+    warp_y = (lambda v: math.asinh(v / knee)) if log_y else lambda v: v
+    gutter = min(190, max(len(p["method"]) for p in sparse) * 7 + 20)
+    at_x = _scale(warp_x, min(xs), max(xs), LEFT + gutter, WIDTH - RIGHT - 16)
+    span = max(ys) - min(ys) or abs(max(ys)) or 1.0
+    low, high = (min(ys) - 0.15 * knee, max(ys) * 1.15 if max(ys) > 0 else max(ys) * 0.85) if log_y else (min(ys) - 0.06 * span, max(ys) + 0.06 * span)
+    at_y = _scale(warp_y, low, high, HEIGHT - BOTTOM, TOP)
+    percent = x in _COSTS or x in ("density", "budget")
+    out = []
+    for v in _ticks(low, high, log_y, at_y, 30):
+        out.append(f'<path d="M{LEFT} {at_y(v):.1f}H{WIDTH - RIGHT}" stroke="{GREY}" opacity=".22"/>' + _text(LEFT - 8, at_y(v) + 4, f"{v:.4g}", "end"))
+    for v in _ticks(min(xs), max(xs), log_x, at_x, 56):
+        out.append(_text(at_x(v), HEIGHT - BOTTOM + 18, f"{100 * v:.3g} %" if percent else f"{v:.4g}", "middle"))
+    return at_x, at_y, out
+
+
+def _scale(warp: Callable[[float], float], low: float, high: float, start: float, stop: float) -> Callable[[float], float]:
+    if not high > low:
+        middle = (start + stop) / 2
+        return lambda v: middle
+    a, b = warp(low), warp(high)
+    return lambda v: start + (warp(v) - a) / (b - a) * (stop - start)
+
+
+def _ticks(low: float, high: float, log: bool, at: Callable[[float], float], gap: float) -> list[float]:
+    if not high > low:
+        return [low]
+    if log:
+        ranked = [0.0] + [s * 10.0**e for e in range(-9, 13) for s in (1, -1)] + [s * m * 10.0**e for m in (2, 5) for e in range(-9, 13) for s in (1, -1)]
+    else:
+        step = 10 ** math.floor(math.log10((high - low) / 4))
+        step *= next(m for m in (1, 2, 2.5, 5, 10) if (high - low) / (step * m) <= 5)
+        ranked = [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    kept: list[float] = []
+    for v in ranked:
+        if low <= v <= high and all(abs(at(v) - at(k)) >= gap for k in kept):
+            kept.append(v)
+    return sorted(kept)
+
+
+def _series(name: str, mine: Sequence[Point], spot: Callable[[Point], tuple[float, float]], at_y: Callable[..., float], y: str, place: int, taken: list[float]) -> list[str]:
+    baseline = mine[0]["role"] == "baseline"
+    colour = GREY if baseline else COLOURS[place % len(COLOURS)]
+    shape = SHAPES[(place + (1 if baseline else place // len(COLOURS))) % len(SHAPES)]
+    spots = [spot(p) for p in mine]
+    out = [f'<path d="{_line(spots)}" fill="none" stroke="{colour}" stroke-width="1.6"{" stroke-dasharray=" + chr(34) + "5 4" + chr(34) if baseline else ""}/>']
+    for p, (px, py) in zip(mine, spots, strict=True):
+        m = p["metrics"].get(y) or {}
+        if m.get("low") is not None and m.get("high") is not None and abs(at_y(m["low"]) - at_y(m["high"])) > 4:
+            out.append(f'<path d="M{px:.1f} {at_y(m["low"]):.1f}V{at_y(m["high"]):.1f}" stroke="{colour}"/>')
+        fill = f'fill="#fff" fill-opacity=".6" stroke="{colour}" stroke-width="1.6"' if baseline else f'fill="{colour}"'
+        out.append(f'<path d="{shape}" transform="translate({px:.1f} {py:.1f})" {fill}/>')
+    px, py = spots[0]
+    shifts = [0.0] + [s * d for d in range(3, 240, 3) for s in (-1, 1)]
+    free = next((py + s for s in shifts if TOP <= py + s <= HEIGHT - BOTTOM - 4 and all(abs(py + s - t) >= 15 for t in taken)), py)
+    taken.append(free)
+    return [*out, _text(px - 12, free + 4, name + (" (baseline)" if baseline else ""), "end", colour)]
+
+
+def _frame(unit: Mapping[str, Any]) -> list[str]:
+    better = "lower is better" if unit["y"].get("better", "low") == "low" else "higher is better"
+    return [
+        f'<path d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}" stroke="{GREY}" opacity=".6"/>',
+        _text(LEFT - 54, 22, f"{unit['y']['label']} ({better})", "start", weight="600"),
+        _text(WIDTH - RIGHT, HEIGHT - 10, unit["x"]["label"] + " →", "end"),
+        f'<path d="M{LEFT} {HEIGHT - 14}h24" stroke="{FRONT}" stroke-width="8" opacity=".45"/>' + _text(LEFT + 32, HEIGHT - 10, "Pareto front", "start"),
+    ]
+
+
+def _line(spots: Sequence[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in spots)
+
+
+def _text(x: float, y: float, text: str, anchor: str, colour: str = GREY, weight: str = "400") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}" font-weight="{weight}">{escape(_clean(text))}</text>'
+
+
+def _clean(text: str) -> str:
+    return _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", text)

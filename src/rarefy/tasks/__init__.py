@@ -1,0 +1,1 @@
+"""Ground truth without downloads: concepts of Python source, planted dictionaries, associative recall, induction."""
