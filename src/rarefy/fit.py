@@ -169,6 +169,7 @@ class _Learner:
             for part, value in {"loss": loss.total, **loss.parts}.items():
                 logged[part] = logged.get(part, 0.0) + float(value.detach()) * share
         _average_gradients(self.parameters)
+        self.method.before_step()
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if not (math.isfinite(logged["loss"]) and bool(torch.isfinite(norm))):
             raise BadInput(

@@ -109,6 +109,9 @@ class Sparse(nn.Module):
         """Training: rows x in, rows y to reproduce (y is x for autoencoders)."""
         raise Unsupported(f"{self.name} is not trained")
 
+    def before_step(self) -> None:
+        """Called by `train` between the backward pass and the optimiser's step (gradient projections). Default: nothing."""
+
     def after_step(self, step: int) -> None:
         """Called by `train` after each optimiser step (projections, counters). Default: nothing."""
 

@@ -18,7 +18,11 @@ LEFT, RIGHT, TOP, BOTTOM = 70, 26, 46, 56
 COLOURS = ("#2f81c4", "#d2601a", "#2f9460", "#a552ab", "#a8830a", "#c43d60", "#5a6bd0", "#1b9092")
 GREY, FRONT = "#7d858d", "#e0a92e"
 SHAPES = (
-    "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0z", "M-4-4h8v8h-8z", "M0-5.4L5 3.6H-5z", "M0-5.6L5.6 0L0 5.6L-5.6 0z", "M0 5.4L5-3.6H-5z",
+    "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0z",
+    "M-4-4h8v8h-8z",
+    "M0-5.4L5 3.6H-5z",
+    "M0-5.6L5.6 0L0 5.6L-5.6 0z",
+    "M0 5.4L5-3.6H-5z",
     "M-5 0L-2.5-4.4H2.5L5 0L2.5 4.4H-2.5z",
 )
 SAME_COST = 0.02
@@ -29,7 +33,7 @@ Point = Mapping[str, Any]
 
 
 def axis_value(point: Point, key: str) -> float | None:
-    """A point's place on the axis `key`: density, budget, a cost as fraction of dense, or a metric's mean; None if unknown."""
+    """A point's place on an axis: density, budget, a cost as fraction of dense, or a metric's mean; None if unknown."""
     if key in _COSTS:
         cost = point["cost"]
         dense, sparse = cost.get("dense_" + key), cost.get(key)
@@ -40,7 +44,7 @@ def axis_value(point: Point, key: str) -> float | None:
 
 
 def pareto_front(points: Sequence[Point], x: str, y: str, better: str = "low") -> list[Point]:
-    """Points that no other beats in quality at a cost not more than 2 % above theirs, by rising cost; the dense model stands aside."""
+    """Points that no other beats in quality at a cost at most 2 % above theirs, by rising cost; dense stands aside."""
     sign = 1 if better == "low" else -1
     known = [(axis_value(p, x), axis_value(p, y), p) for p in points if p["role"] != "dense"]
     placed = [(a, sign * b, p) for a, b, p in known if a is not None and b is not None]
@@ -63,27 +67,37 @@ def frontier_svg(unit: Mapping[str, Any]) -> str:
     body = [*grid, *_frame(unit)]
     front = [spot(p) for p in pareto_front(points, x, y, unit["y"].get("better", "low"))]
     if len(front) > 1:
-        body.append(f'<path d="{_line(front)}" fill="none" stroke="{FRONT}" stroke-width="9" stroke-linecap="round" stroke-linejoin="round" opacity=".45"/>')
+        round_ends = 'stroke-linecap="round" stroke-linejoin="round"'
+        body.append(
+            f'<path d="{_line(front)}" fill="none" stroke="{FRONT}" stroke-width="9" {round_ends} opacity=".45"/>'
+        )
     for p in points:
         if p["role"] == "dense":
             v = spot(p)[1]
-            body.append(f'<path d="M{LEFT} {v:.1f}H{WIDTH - RIGHT}" stroke="{GREY}" stroke-dasharray="2 4"/>' + _text(WIDTH - RIGHT, v - 5, "dense", "end"))
+            body.append(f'<path d="M{LEFT} {v:.1f}H{WIDTH - RIGHT}" stroke="{GREY}" stroke-dasharray="2 4"/>')
+            body.append(_text(LEFT + 4, v - 5, "dense", "start"))
             break
     names = list(dict.fromkeys(p["method"] for p in sparse))
+    runs = [sorted((p for p in sparse if p["method"] == name), key=lambda p: axis_value(p, x)) for name in names]
     counts = {"method": 0, "baseline": 0}
+    ranked = []
+    for run in runs:
+        ranked.append((run, counts[run[0]["role"]]))
+        counts[run[0]["role"]] += 1
     taken: list[float] = []
-    for name in names:
-        mine = sorted((p for p in sparse if p["method"] == name), key=lambda p: axis_value(p, x))
-        body += _series(name, mine, spot, at_y, y, counts[mine[0]["role"]], taken)
-        counts[mine[0]["role"]] += 1
+    for run, place in sorted(ranked, key=lambda pair: spot(pair[0][0])[1]):  # labels are placed from the top down
+        body += _series(run, spot, at_y, y, place, taken)
     title = escape(_clean(f"{unit['y']['label']} against {unit['x']['label']}"))
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" font-family="system-ui, sans-serif" font-size="12.5">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        'font-family="system-ui, sans-serif" font-size="12.5">'
         f"<title>{title}</title>\n" + "\n".join(body) + "\n</svg>\n"
     )
 
 
-def _axes(sparse: Sequence[Point], points: Sequence[Point], x: str, y: str) -> tuple[Callable[..., float], Callable[..., float], list[str]]:
+def _axes(
+    sparse: Sequence[Point], points: Sequence[Point], x: str, y: str
+) -> tuple[Callable[..., float], Callable[..., float], list[str]]:
     xs, ys = [axis_value(p, x) for p in sparse], [axis_value(p, y) for p in points]
     sizes = sorted(abs(v) for v in ys if v)
     log_x = min(xs) > 0 and max(xs) / min(xs) > 20
@@ -91,21 +105,26 @@ def _axes(sparse: Sequence[Point], points: Sequence[Point], x: str, y: str) -> t
     knee = max(sizes[len(sizes) // 4], sizes[-1] / 1000) if sizes else 1.0
     warp_x = math.log if log_x else lambda v: v
     warp_y = (lambda v: math.asinh(v / knee)) if log_y else lambda v: v
-    gutter = min(190, max(len(p["method"]) for p in sparse) * 7 + 20)
+    gutter = min(240, max(len(p["method"]) + 11 * (p["role"] == "baseline") for p in sparse) * 7 + 16)
     at_x = _scale(warp_x, min(xs), max(xs), LEFT + gutter, WIDTH - RIGHT - 16)
     span = max(ys) - min(ys) or abs(max(ys)) or 1.0
-    low, high = (min(ys) - 0.15 * knee, max(ys) * 1.15 if max(ys) > 0 else max(ys) * 0.85) if log_y else (min(ys) - 0.06 * span, max(ys) + 0.06 * span)
+    low, high = min(ys) - 0.06 * span, max(ys) + 0.06 * span
+    if log_y:
+        low, high = min(ys) - 0.15 * knee, max(ys) * (1.15 if max(ys) > 0 else 0.85)
     at_y = _scale(warp_y, low, high, HEIGHT - BOTTOM, TOP)
     percent = x in _COSTS or x in ("density", "budget")
     out = []
     for v in _ticks(low, high, log_y, at_y, 30):
-        out.append(f'<path d="M{LEFT} {at_y(v):.1f}H{WIDTH - RIGHT}" stroke="{GREY}" opacity=".22"/>' + _text(LEFT - 8, at_y(v) + 4, f"{v:.4g}", "end"))
+        out.append(f'<path d="M{LEFT} {at_y(v):.1f}H{WIDTH - RIGHT}" stroke="{GREY}" opacity=".22"/>')
+        out.append(_text(LEFT - 8, at_y(v) + 4, f"{v:.4g}", "end"))
     for v in _ticks(min(xs), max(xs), log_x, at_x, 56):
         out.append(_text(at_x(v), HEIGHT - BOTTOM + 18, f"{100 * v:.3g} %" if percent else f"{v:.4g}", "middle"))
     return at_x, at_y, out
 
 
-def _scale(warp: Callable[[float], float], low: float, high: float, start: float, stop: float) -> Callable[[float], float]:
+def _scale(
+    warp: Callable[[float], float], low: float, high: float, start: float, stop: float
+) -> Callable[[float], float]:
     if not high > low:
         middle = (start + stop) / 2
         return lambda v: middle
@@ -117,7 +136,7 @@ def _ticks(low: float, high: float, log: bool, at: Callable[[float], float], gap
     if not high > low:
         return [low]
     if log:
-        ranked = [0.0] + [s * 10.0**e for e in range(-9, 13) for s in (1, -1)] + [s * m * 10.0**e for m in (2, 5) for e in range(-9, 13) for s in (1, -1)]
+        ranked = [0.0] + [s * m * 10.0**e for m in (1, 2, 5) for e in range(-9, 13) for s in (1, -1)]
     else:
         step = 10 ** math.floor(math.log10((high - low) / 4))
         step *= next(m for m in (1, 2, 2.5, 5, 10) if (high - low) / (step * m) <= 5)
@@ -129,12 +148,20 @@ def _ticks(low: float, high: float, log: bool, at: Callable[[float], float], gap
     return sorted(kept)
 
 
-def _series(name: str, mine: Sequence[Point], spot: Callable[[Point], tuple[float, float]], at_y: Callable[..., float], y: str, place: int, taken: list[float]) -> list[str]:
-    baseline = mine[0]["role"] == "baseline"
+def _series(
+    mine: Sequence[Point],
+    spot: Callable[[Point], tuple[float, float]],
+    at_y: Callable[..., float],
+    y: str,
+    place: int,
+    taken: list[float],
+) -> list[str]:
+    name, baseline = mine[0]["method"], mine[0]["role"] == "baseline"
     colour = GREY if baseline else COLOURS[place % len(COLOURS)]
     shape = SHAPES[(place + (1 if baseline else place // len(COLOURS))) % len(SHAPES)]
     spots = [spot(p) for p in mine]
-    out = [f'<path d="{_line(spots)}" fill="none" stroke="{colour}" stroke-width="1.6"{" stroke-dasharray=" + chr(34) + "5 4" + chr(34) if baseline else ""}/>']
+    dash = ' stroke-dasharray="5 4"' if baseline else ""
+    out = [f'<path d="{_line(spots)}" fill="none" stroke="{colour}" stroke-width="1.6"{dash}/>']
     for p, (px, py) in zip(mine, spots, strict=True):
         m = p["metrics"].get(y) or {}
         if m.get("low") is not None and m.get("high") is not None and abs(at_y(m["low"]) - at_y(m["high"])) > 4:
@@ -143,7 +170,8 @@ def _series(name: str, mine: Sequence[Point], spot: Callable[[Point], tuple[floa
         out.append(f'<path d="{shape}" transform="translate({px:.1f} {py:.1f})" {fill}/>')
     px, py = spots[0]
     shifts = [0.0] + [s * d for d in range(3, 240, 3) for s in (-1, 1)]
-    free = next((py + s for s in shifts if TOP <= py + s <= HEIGHT - BOTTOM - 4 and all(abs(py + s - t) >= 15 for t in taken)), py)
+    spare = (py + s for s in shifts if TOP <= py + s <= HEIGHT - BOTTOM - 4)
+    free = next((v for v in spare if all(abs(v - t) >= 15 for t in taken)), py)
     taken.append(free)
     return [*out, _text(px - 12, free + 4, name + (" (baseline)" if baseline else ""), "end", colour)]
 
@@ -154,7 +182,8 @@ def _frame(unit: Mapping[str, Any]) -> list[str]:
         f'<path d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}" stroke="{GREY}" opacity=".6"/>',
         _text(LEFT - 54, 22, f"{unit['y']['label']} ({better})", "start", weight="600"),
         _text(WIDTH - RIGHT, HEIGHT - 10, unit["x"]["label"] + " →", "end"),
-        f'<path d="M{LEFT} {HEIGHT - 14}h24" stroke="{FRONT}" stroke-width="8" opacity=".45"/>' + _text(LEFT + 32, HEIGHT - 10, "Pareto front", "start"),
+        f'<path d="M{LEFT} {HEIGHT - 14}h24" stroke="{FRONT}" stroke-width="8" opacity=".45"/>',
+        _text(LEFT + 32, HEIGHT - 10, "Pareto front", "start"),
     ]
 
 
@@ -163,7 +192,8 @@ def _line(spots: Sequence[tuple[float, float]]) -> str:
 
 
 def _text(x: float, y: float, text: str, anchor: str, colour: str = GREY, weight: str = "400") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}" font-weight="{weight}">{escape(_clean(text))}</text>'
+    look = f'text-anchor="{anchor}" fill="{colour}" font-weight="{weight}"'
+    return f'<text x="{x:.1f}" y="{y:.1f}" {look}>{escape(_clean(text))}</text>'
 
 
 def _clean(text: str) -> str:

@@ -133,7 +133,9 @@ def test_sigkill_at_every_operation(tmp_path):
     while True:
         at += 1
         command = [sys.executable, "-c", CHILD, str(tmp_path / str(at)), str(at), str(Path(__file__).parent)]
-        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": SOURCE}, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": SOURCE}, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode in (0, -signal.SIGKILL), done.stderr
         acked = [int(s) for s in done.stdout.split()]
         assert_whole(load_checkpoint(tmp_path / str(at)), acked[-1] if acked else None)
@@ -179,9 +181,19 @@ def test_every_flipped_bit_of_a_checkpoint_is_detected(tmp_path):
 def test_any_tensor_state_round_trips(tmp_path):
     base = torch.randn(4, 6)
     tensors = {
-        "shared a": base, "shared/b": base, "transposed": base.T, "view": base[1:, ::2], "empty": torch.empty(0, 3),
-        "scalar": torch.tensor(2.5), "bf16": base.bfloat16(), "half": base.half(), "bool": base > 0, "rng": torch.get_rng_state(),
-        "nan": torch.tensor([float("nan"), float("inf")]), "parameter": torch.nn.Parameter(base), "i64": torch.tensor([2**62]),
+        "shared a": base,
+        "shared/b": base,
+        "transposed": base.T,
+        "view": base[1:, ::2],
+        "empty": torch.empty(0, 3),
+        "scalar": torch.tensor(2.5),
+        "bf16": base.bfloat16(),
+        "half": base.half(),
+        "bool": base > 0,
+        "rng": torch.get_rng_state(),
+        "nan": torch.tensor([float("nan"), float("inf")]),
+        "parameter": torch.nn.Parameter(base),
+        "i64": torch.tensor([2**62]),
     }
     save_checkpoint(tmp_path, 0, tensors, {"nested": {"x": [1, None, "é"]}})
     found = load_checkpoint(tmp_path)
@@ -212,7 +224,10 @@ def test_diff_meta_names_each_difference():
     old = {"recipe": {"lr": 0.1, "betas": [0.9, 0.99]}, "gone": 1, "flag": True, "same": (1, 2)}
     new = {"recipe": {"lr": 0.2, "betas": [0.9, 0.999]}, "new": 2, "flag": 1, "same": [1, 2]}
     assert diff_meta(old, new) == [
-        "flag: was True, now 1", "gone: was 1, now absent", "new: was absent, now 2", "recipe.betas[1]: was 0.99, now 0.999",
+        "flag: was True, now 1",
+        "gone: was 1, now absent",
+        "new: was absent, now 2",
+        "recipe.betas[1]: was 0.99, now 0.999",
         "recipe.lr: was 0.1, now 0.2",
     ]
     assert diff_meta(old, old) == []
@@ -256,7 +271,10 @@ def test_atomic_write_is_old_or_new(tmp_path):
 def test_a_second_process_is_refused_and_death_frees_the_lock(tmp_path):
     held = "import sys,time; from rarefy.store.lock import RunLock; RunLock(sys.argv[1]).__enter__(); print('held', flush=True); time.sleep(60)"
     child = subprocess.Popen(
-        [sys.executable, "-c", held, str(tmp_path)], env={**os.environ, "PYTHONPATH": SOURCE}, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", held, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": SOURCE},
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert child.stdout.readline().strip() == "held"

@@ -40,7 +40,9 @@ def failures(fs, save=save_checkpoint):
             if got is None:
                 bad += must is not None
             else:
-                whole = got.meta == {"s": got.step} and all(torch.equal(v, got.tensors[k]) for k, v in value(got.step).items())
+                whole = got.meta == {"s": got.step} and all(
+                    torch.equal(v, got.tensors[k]) for k, v in value(got.step).items()
+                )
                 bad += not whole or (must is not None and got.step < must)
     return count, bad
 

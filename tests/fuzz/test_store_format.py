@@ -42,7 +42,12 @@ def read_store(root):
     for shard in range(len(list(root.glob("shard-*.data")))):
         data = (root / f"shard-{shard:06d}.data").read_bytes()
         head = words(data[:40])
-        assert data[:8] == b"RAREFYA1" and data[8:24].hex() == top["id"] and head[3] == shard and head[4] == mix(head[:4], 0)
+        assert (
+            data[:8] == b"RAREFYA1"
+            and data[8:24].hex() == top["id"]
+            and head[3] == shard
+            and head[4] == mix(head[:4], 0)
+        )
         index = (root / f"shard-{shard:06d}.index").read_bytes()
         for i in range(0, len(index) // 32 * 32, 32):
             w = words(index[i : i + 32])

@@ -47,15 +47,39 @@ def test_serves_the_page(client):
 def test_policy_on_every_answer(client):
     for path in ("/", "/report.json", "/static/main.js", "/nothing"):
         headers = client.get(path).headers
-        assert headers["content-security-policy"].startswith("default-src 'self'") and headers["x-content-type-options"] == "nosniff"
+        assert (
+            headers["content-security-policy"].startswith("default-src 'self'")
+            and headers["x-content-type-options"] == "nosniff"
+        )
         assert not [h for h in headers if h.startswith("access-control")]
     assert "<script>" not in client.get("/").text and "style=" not in client.get("/").text
 
 
 TRAVERSAL = [
-    "/../secret.txt", "/..%2fsecret.txt", "/%2e%2e/secret.txt", "/%2e%2e%2fsecret.txt", "//etc/passwd", "/static/../../secret.txt", "/static/..%2f..%2fschema.py",
-    "/static/%2e%2e/schema.py", "/secret.txt", "/static/", "/static", "/static//etc/passwd", "/..\\secret.txt", "/%5c..%5csecret.txt", "/report.json/", "/report.json/..",
-    "/report.json%00.html", "/static/main.js%00", "/static/index.html", "/.git/config", "/%252e%252e/secret.txt", "/\u2025/secret.txt", "/file:///etc/passwd", "/run/report.json",
+    "/../secret.txt",
+    "/..%2fsecret.txt",
+    "/%2e%2e/secret.txt",
+    "/%2e%2e%2fsecret.txt",
+    "//etc/passwd",
+    "/static/../../secret.txt",
+    "/static/..%2f..%2fschema.py",
+    "/static/%2e%2e/schema.py",
+    "/secret.txt",
+    "/static/",
+    "/static",
+    "/static//etc/passwd",
+    "/..\\secret.txt",
+    "/%5c..%5csecret.txt",
+    "/report.json/",
+    "/report.json/..",
+    "/report.json%00.html",
+    "/static/main.js%00",
+    "/static/index.html",
+    "/.git/config",
+    "/%252e%252e/secret.txt",
+    "/\u2025/secret.txt",
+    "/file:///etc/passwd",
+    "/run/report.json",
 ]
 
 
@@ -67,7 +91,12 @@ def live(tmp_path_factory):
     (folder / "secret.txt").write_text("canary")
     ready = threading.Event()
     address: list[str] = []
-    threading.Thread(target=serve, args=(folder / "run", 0), kwargs={"on_ready": lambda a: (address.append(a), ready.set())}, daemon=True).start()
+    threading.Thread(
+        target=serve,
+        args=(folder / "run", 0),
+        kwargs={"on_ready": lambda a: (address.append(a), ready.set())},
+        daemon=True,
+    ).start()
     assert ready.wait(10)
     return address[0].removeprefix("http://").rstrip("/")
 
@@ -75,7 +104,9 @@ def live(tmp_path_factory):
 @pytest.mark.parametrize("path", TRAVERSAL)
 def test_traversal_is_404(live, path):
     connection = http.client.HTTPConnection(live, timeout=10)
-    connection.putrequest("GET", path.encode("utf-8").decode("latin-1") if path.isascii() else "/%E2%80%A5/secret.txt", skip_host=True)
+    connection.putrequest(
+        "GET", path.encode("utf-8").decode("latin-1") if path.isascii() else "/%E2%80%A5/secret.txt", skip_host=True
+    )
     connection.putheader("Host", live)
     connection.endheaders()
     reply = connection.getresponse()
@@ -90,7 +121,19 @@ def test_live_server_is_on_this_machine_only(live):
     assert json.loads(connection.getresponse().read()) == REPORT
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "localhost@evil.example", "127.0.0.1:80:80", "", "0.0.0.0", "[::1", "127.0.0.1/x"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "127.0.0.1.evil.example",
+        "localhost@evil.example",
+        "127.0.0.1:80:80",
+        "",
+        "0.0.0.0",
+        "[::1",
+        "127.0.0.1/x",
+    ],
+)
 def test_other_hosts_are_refused(client, host):
     assert client.get("/report.json", headers={"host": host}).status_code == 400
 
@@ -105,7 +148,10 @@ def test_reads_only_and_own_origin_only(client):
         assert client.request(method, "/report.json").status_code == 405
     assert client.get("/report.json", headers={"origin": "http://evil.example"}).status_code == 403
     assert client.get("/report.json", headers={"origin": "null"}).status_code == 403
-    assert client.get("/report.json", headers={"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}).status_code == 403
+    assert (
+        client.get("/report.json", headers={"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}).status_code
+        == 403
+    )
     assert client.get("/report.json", headers={"origin": "http://127.0.0.1:8765"}).status_code == 200
     assert client.head("/").status_code == 200
 

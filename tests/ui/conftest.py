@@ -27,11 +27,25 @@ def dump(tmp_path):
         pytest.skip("no Chromium on this machine")
 
     def run(url: str, width: int = 1400, wait_ms: int = 5000) -> tuple[str, str]:
-        flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+        flags = (
+            "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
+            " --disable-background-networking --disable-component-update --disable-sync"
+        )
         done = subprocess.run(
-            [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1200", f"--virtual-time-budget={wait_ms}",
-             "--enable-logging=stderr", "--v=0", "--dump-dom", url],
-            capture_output=True, timeout=90, check=True,
+            [
+                CHROMIUM,
+                *flags.split(),
+                f"--user-data-dir={tmp_path / 'profile'}",
+                f"--window-size={width},1200",
+                f"--virtual-time-budget={wait_ms}",
+                "--enable-logging=stderr",
+                "--v=0",
+                "--dump-dom",
+                url,
+            ],
+            capture_output=True,
+            timeout=90,
+            check=True,
         )
         log = done.stderr.decode("utf-8", "replace")
         return done.stdout.decode("utf-8", "replace"), "\n".join(line for line in log.splitlines() if "CONSOLE" in line)

@@ -10,14 +10,26 @@ import threading
 from collections import Counter
 
 import pytest
+from sample import sample_report
 
 from rarefy.ui import export, render, serve, write_report
 from rarefy.ui.export import bundle, module_order, static
-from sample import sample_report
 
 HOSTILE = [
-    "<img src=x onerror=\"document.title='OWNED'\">", "</script><script>document.title='OWNED'</script>", "<!--<script>", "javascript:document.title='OWNED'",
-    "\u202eevil\u202c", "zero\u200bwidth", "\ud800", "\x00\x07", "]]>", "&lt;b&gt;", "\u2028", "A" * 1_048_576, "__proto__", "constructor",
+    "<img src=x onerror=\"document.title='OWNED'\">",
+    "</script><script>document.title='OWNED'</script>",
+    "<!--<script>",
+    "javascript:document.title='OWNED'",
+    "\u202eevil\u202c",
+    "zero\u200bwidth",
+    "\ud800",
+    "\x00\x07",
+    "]]>",
+    "&lt;b&gt;",
+    "\u2028",
+    "A" * 1_048_576,
+    "__proto__",
+    "constructor",
 ]
 
 
@@ -47,7 +59,18 @@ def test_modules_join_into_one_script():
 
 def test_scripts_have_no_way_to_parse_html_or_reach_out():
     text = "".join(static(n) for n in module_order())
-    for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function", "DOMParser", "srcdoc", "http://", "https://"):
+    for word in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "document.write",
+        "eval(",
+        "new Function",
+        "DOMParser",
+        "srcdoc",
+        "http://",
+        "https://",
+    ):
         found = text.replace('"http://www.w3.org/2000/svg"', "")
         assert word not in found, word
     assert "url(" not in static("style.css") and "@import" not in static("style.css")
@@ -72,16 +95,30 @@ def test_data_block_cannot_be_left():
 
 def test_export_is_whole(report, tmp_path):
     path = export(report, tmp_path / "deep" / "report.html")
-    assert path.read_text(encoding="utf-8") == render(report) and [p.name for p in path.parent.iterdir()] == ["report.html"]
+    assert path.read_text(encoding="utf-8") == render(report) and [p.name for p in path.parent.iterdir()] == [
+        "report.html"
+    ]
 
 
 @pytest.mark.browser
 def test_draws_every_part(report, tmp_path, dump):
     dom, console = dump(export(report, tmp_path / "r.html").as_uri())
     assert console == ""
-    for title in ("Latents", "Weights", "Neurons", "Attention", "Training", "Latent browser", "Cost", "Notes", "How it was made"):
+    for title in (
+        "Latents",
+        "Weights",
+        "Neurons",
+        "Attention",
+        "Training",
+        "Latent browser",
+        "Cost",
+        "Notes",
+        "How it was made",
+    ):
         assert re.search(rf"<h2[^>]*>{title}</h2>", dom), title
-    points = sum(1 for u in report["units"] for p in u["points"] if p["role"] != "dense" and u["y"]["key"] in p["metrics"])
+    points = sum(
+        1 for u in report["units"] for p in u["points"] if p["role"] != "dense" and u["y"]["key"] in p["metrics"]
+    )
     assert len(re.findall(r'<g class="point"', dom)) >= points
     assert dom.count('class="tok') >= 4 * 32 and 'class="contexts"' in dom and "NaN" not in dom.split('id="report"')[0]
 
@@ -92,7 +129,12 @@ def test_hostile_text_is_text(tmp_path, dump):
     shown = dom.split('<script type="application/json"')[0] + dom.split("</script>")[-1]
     assert console == "" and "<title>OWNED" not in dom and "<img" not in shown and "<!--" not in shown
     assert "<script" not in shown
-    assert "&lt;img src=x onerror=" in shown and "⟨U+202E⟩evil⟨U+202C⟩" in shown and "⟨U+D800⟩" in shown and "(1,048,576 characters)" in shown
+    assert (
+        "&lt;img src=x onerror=" in shown
+        and "⟨U+202E⟩evil⟨U+202C⟩" in shown
+        and "⟨U+D800⟩" in shown
+        and "(1,048,576 characters)" in shown
+    )
     assert len(shown) < 3_000_000
 
 
@@ -115,7 +157,11 @@ def test_names_for_assistive_technology(report, tmp_path, dump):
     dom, _ = dump(export(report, tmp_path / "r.html").as_uri(), width=500)
     head = dom.split('<script type="application/json"')[0]
     assert re.search(r'<g class="point" tabindex="0" role="img" aria-label="[^"]+"', head)
-    assert head.count('role="listbox"') == 1 and 'aria-activedescendant="latent-0"' in head and 'aria-expanded="false"' in head
+    assert (
+        head.count('role="listbox"') == 1
+        and 'aria-activedescendant="latent-0"' in head
+        and 'aria-expanded="false"' in head
+    )
     for tag in re.findall(r"<(?:svg)(?=[^>]*viewBox)[^>]*>", head):
         assert "aria-label" in tag or 'aria-hidden="true"' in tag, tag
 
@@ -124,7 +170,12 @@ def test_names_for_assistive_technology(report, tmp_path, dump):
 def test_served_page_is_the_same_page(report, tmp_path, dump):
     ready, address = threading.Event(), []
     write_report(tmp_path / "run", report)
-    threading.Thread(target=serve, args=(tmp_path / "run", 0), kwargs={"on_ready": lambda a: (address.append(a), ready.set())}, daemon=True).start()
+    threading.Thread(
+        target=serve,
+        args=(tmp_path / "run", 0),
+        kwargs={"on_ready": lambda a: (address.append(a), ready.set())},
+        daemon=True,
+    ).start()
     assert ready.wait(10)
     served, console = dump(address[0])
     exported, _ = dump(export(report, tmp_path / "r.html").as_uri())

@@ -38,7 +38,17 @@ def test_marks_lie_inside_and_cost_runs_right(report):
 def test_front_is_what_no_other_beats():
     rng = random.Random(3)
     for better in ("low", "high"):
-        points = [{"method": str(i), "role": "method", "density": rng.random(), "budget": 0.5, "cost": {}, "metrics": {"q": {"mean": rng.random()}}} for i in range(63)]
+        points = [
+            {
+                "method": str(i),
+                "role": "method",
+                "density": rng.random(),
+                "budget": 0.5,
+                "cost": {},
+                "metrics": {"q": {"mean": rng.random()}},
+            }
+            for i in range(63)
+        ]
         front = pareto_front(points, "density", "q", better)
         sign = 1 if better == "low" else -1
         value = lambda p: sign * p["metrics"]["q"]["mean"]  # noqa: E731,B023

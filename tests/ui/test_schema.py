@@ -18,7 +18,10 @@ BREAK = [
     (lambda r: r["units"][0].update(unit="atoms"), "units[0].unit"),
     (lambda r: r["units"][1]["y"].update(better="big"), "units[1].y.better"),
     (lambda r: r["units"][1]["points"][3].update(role="hero"), "units[1].points[3].role"),
-    (lambda r: r["units"][1]["points"][3]["metrics"]["kl"].update(low=float("nan")), "units[1].points[3].metrics.kl.low"),
+    (
+        lambda r: r["units"][1]["points"][3]["metrics"]["kl"].update(low=float("nan")),
+        "units[1].points[3].metrics.kl.low",
+    ),
     (lambda r: r["units"][1]["points"][3]["cost"].update(flops=True), "units[1].points[3].cost.flops"),
     (lambda r: r["curves"][2]["series"]["fvu"].pop(), "curves[2].series.fvu"),
     (lambda r: r["curves"][0]["series"]["loss"].__setitem__(7, float("inf")), "curves[0].series.loss[7]"),
@@ -26,7 +29,10 @@ BREAK = [
     (lambda r: r["latents"]["table"]["concept"].__setitem__(5, 99), "latents.table.concept[5]"),
     (lambda r: r["latents"]["top"].pop(), "latents.top"),
     (lambda r: next(t for t in r["latents"]["top"] if t)["contexts"][1].update(pos=32), "contexts[1].pos"),
-    (lambda r: next(t for t in r["latents"]["top"] if t)["contexts"][1]["tokens"].__setitem__(0, -1), "contexts[1].tokens[0]"),
+    (
+        lambda r: next(t for t in r["latents"]["top"] if t)["contexts"][1]["tokens"].__setitem__(0, -1),
+        "contexts[1].tokens[0]",
+    ),
     (lambda r: r.update(notes=[1]), "notes[0]"),
 ]
 

@@ -93,7 +93,8 @@ def _checkpoint(path: Path, report: CheckReport) -> None:
         read_header(data, len(data), path / checkpoint.TENSORS)
         report.problems += [
             f"{path / name} does not belong in a checkpoint"
-            for name in DISK.names(path) if name not in (checkpoint.MANIFEST, checkpoint.TENSORS)
+            for name in DISK.names(path)
+            if name not in (checkpoint.MANIFEST, checkpoint.TENSORS)
         ]
         report.checked.append(str(path))
     except RarefyError as error:

@@ -36,7 +36,13 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    root: str | Path, step: int, tensors: Mapping[str, Tensor], meta: dict[str, Any], keep: int = 2, *, fs: FS = DISK,
+    root: str | Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    meta: dict[str, Any],
+    keep: int = 2,
+    *,
+    fs: FS = DISK,
 ) -> None:
     """Keep tensors and meta as the checkpoint of `step`, durably; once this returns it survives a power cut.
 
@@ -52,10 +58,15 @@ def save_checkpoint(
     if not isinstance(step, int) or not 0 <= step < 10**12 or keep < 1:
         raise BadInput(f"step={step!r} must be in 0..10^12 and keep={keep!r} at least 1")
     data = to_bytes(tensors)
-    manifest = seal({
-        "format": FORMAT, "version": 1, "step": step, "meta": meta,
-        "files": {TENSORS: {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}},
-    })
+    manifest = seal(
+        {
+            "format": FORMAT,
+            "version": 1,
+            "step": step,
+            "meta": meta,
+            "files": {TENSORS: {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}},
+        }
+    )
     with writing(root):
         make_dirs(root, fs)
         _clean(root, fs)
@@ -143,7 +154,11 @@ def _manifest(folder: Path, fs: FS) -> dict[str, Any]:
     document = read_sealed(folder / MANIFEST, FORMAT, fs=fs)
     name, files = NAME.fullmatch(folder.name), document.get("files")
     listed = files.get(TENSORS) if isinstance(files, dict) and len(files) == 1 else None
-    if not isinstance(listed, dict) or type(listed.get("bytes")) is not int or not isinstance(document.get("meta"), dict):
+    if (
+        not isinstance(listed, dict)
+        or type(listed.get("bytes")) is not int
+        or not isinstance(document.get("meta"), dict)
+    ):
         raise Damaged(f"{folder / MANIFEST} does not describe a checkpoint")
     if name is None or document.get("step") != int(name[1]):
         raise Damaged(f"{folder} holds the checkpoint of step {document.get('step')}: swapped or renamed")

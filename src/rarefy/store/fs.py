@@ -108,7 +108,9 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         hint = "free some space" if error.errno == 28 else "choose a folder that can be written"
-        raise BadInput(f"cannot write {path}: {error.strerror or error}; {hint}. What was there before is unchanged") from error
+        raise BadInput(
+            f"cannot write {path}: {error.strerror or error}; {hint}. What was there before is unchanged"
+        ) from error
 
 
 def read_bounded(path: Path, most: int, fs: FS = DISK) -> bytes:

@@ -97,8 +97,15 @@ class Layout:
     def as_json(self) -> dict[str, Any]:
         """The document store.json holds."""
         return {
-            "format": FORMAT, "version": 1, "id": self.id, "d": self.d, "dtype": self.dtype, "block_rows": self.block_rows,
-            "shard_rows": self.shard_rows, "made_from": self.made_from, "name": store_name(self.made_from),
+            "format": FORMAT,
+            "version": 1,
+            "id": self.id,
+            "d": self.d,
+            "dtype": self.dtype,
+            "block_rows": self.block_rows,
+            "shard_rows": self.shard_rows,
+            "made_from": self.made_from,
+            "name": store_name(self.made_from),
         }
 
 
@@ -122,7 +129,7 @@ def read_layout(root: Path, fs: FS = DISK) -> Layout:
     made, ident, dtype = document.get("made_from"), document.get("id"), document.get("dtype")
     if not isinstance(made, dict) or not isinstance(ident, str) or not re.fullmatch(r"[0-9a-f]{32}", ident):
         raise Damaged(f"{path}: made_from must be an object and id 32 hex digits")
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise Damaged(f"{path}: unknown dtype {str(dtype)[:20]!r}")
     layout = Layout(ident, whole["d"], dtype, whole["block_rows"], whole["shard_rows"], made)
     if layout.shard_rows % layout.block_rows or layout.shard_rows > MOST_SHARD_ROWS:
@@ -203,7 +210,12 @@ def read_index(root: Path, layout: Layout, shard: int, fs: FS = DISK, *, whole: 
     block = (rows - 1) // layout.block_rows
     before, block_before = np.concatenate([[0], rows[:-1]]), np.concatenate([[-1], block[:-1]])
     steps = block - block_before
-    sound = (rows > before) & (rows <= layout.shard_rows) & (steps <= 1) & ((steps == 0) | (before == block * layout.block_rows))
+    sound = (
+        (rows > before)
+        & (rows <= layout.shard_rows)
+        & (steps <= 1)
+        & ((steps == 0) | (before == block * layout.block_rows))
+    )
     if not sound.all():
         raise Damaged(f"{path}: record {np.flatnonzero(~sound)[0]} does not follow from the one before it")
     committed = np.flatnonzero(words[:, 0] >= np.uint64(COMMIT))
@@ -248,7 +260,9 @@ def read_extent(root: Path, layout: Layout, fs: FS = DISK) -> Extent:
         if size < want or (size > want and (closed is not None or shard < shards - 1)):
             raise Damaged(f"{data_path(root, shard)} has {size} bytes; its {held} rows take {want}")
     if closed is not None and (closed != rows or files != shards or (last is not None and last.torn)):
-        raise Damaged(f"{root} was closed with {closed} rows; {rows} are found in {files} shards: a shard is truncated or missing")
+        raise Damaged(
+            f"{root} was closed with {closed} rows; {rows} are found in {files} shards: a shard is truncated or missing"
+        )
     return Extent(rows, shards, files, last if shards else None, closed is not None)
 
 
@@ -257,4 +271,6 @@ def check_made_from(found: Layout, asked: dict[str, Any] | None, root: Path) -> 
     from .checkpoint import diff_meta
 
     if asked is not None and canonical(asked) != canonical(found.made_from):
-        raise BadInput(f"{root} was made from something else: {'; '.join(diff_meta(found.made_from, asked))}; use another folder")
+        raise BadInput(
+            f"{root} was made from something else: {'; '.join(diff_meta(found.made_from, asked))}; use another folder"
+        )

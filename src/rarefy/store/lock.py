@@ -33,21 +33,27 @@ class RunLock:
         path = self.folder / LOCK_NAME
         with writing(self.folder):
             make_dirs(self.folder)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0), 0o666)
+            fd = os.open(
+                path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0), 0o666
+            )
         try:
             _take(fd)
         except OSError:
             holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() if os.name != "nt" else ""
             os.close(fd)
             who = f"process {holder}" if holder.isdigit() else "another process"
-            raise BadInput(f"{self.folder} is being written by {who}; wait for it, end it, or use another folder") from None
+            raise BadInput(
+                f"{self.folder} is being written by {who}; wait for it, end it, or use another folder"
+            ) from None
         self._fd = fd
         with writing(self.folder):
             os.ftruncate(fd, 0)
             os.write(fd, f"{os.getpid()}\n".encode())
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

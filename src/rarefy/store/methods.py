@@ -38,11 +38,17 @@ def save(method: Sparse, folder: str | Path, *, fs: FS = DISK) -> None:
         raise BadInput(f"{type(method).__name__} has no catalogue name; set its class attribute `name`")
     tensors = method.state_dict()
     data = to_bytes(tensors)
-    card = seal({
-        "format": FORMAT, "version": 1, "name": method.name, "arguments": _plain_arguments(method),
-        "tensors": {k: {"shape": list(v.shape), "dtype": dtype_name(v.dtype)} for k, v in tensors.items()},
-        "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(),
-    })
+    card = seal(
+        {
+            "format": FORMAT,
+            "version": 1,
+            "name": method.name,
+            "arguments": _plain_arguments(method),
+            "tensors": {k: {"shape": list(v.shape), "dtype": dtype_name(v.dtype)} for k, v in tensors.items()},
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+    )
     if fs.exists(folder) and (not folder.is_dir() or set(fs.names(folder)) - {CARD, TENSORS}):
         raise BadInput(f"{folder} exists and is not a saved method; choose another folder")
     part, old = folder.with_name(f".tmp-{folder.name}"), _aside(folder)
@@ -106,14 +112,20 @@ def read_method(folder: Path) -> tuple[dict[str, Any], bytes]:
     path = folder / CARD
     card = read_sealed(path, FORMAT)
     sound = (
-        isinstance(card.get("name"), str) and isinstance(card.get("arguments"), dict) and isinstance(card.get("tensors"), dict)
-        and type(card.get("bytes")) is int and isinstance(card.get("sha256"), str) and _SHA.fullmatch(card["sha256"])
+        isinstance(card.get("name"), str)
+        and isinstance(card.get("arguments"), dict)
+        and isinstance(card.get("tensors"), dict)
+        and type(card.get("bytes")) is int
+        and isinstance(card.get("sha256"), str)
+        and _SHA.fullmatch(card["sha256"])
     )
     if not sound:
         raise Damaged(f"{path} does not describe a method: it needs name, arguments, tensors, bytes and sha256")
     data = read_bounded(folder / TENSORS, min(card["bytes"], _MOST))
     if len(data) != card["bytes"] or hashlib.sha256(data).hexdigest() != card["sha256"]:
-        raise Damaged(f"{folder / TENSORS} is altered, truncated or of another method: its SHA-256 does not match {CARD}")
+        raise Damaged(
+            f"{folder / TENSORS} is altered, truncated or of another method: its SHA-256 does not match {CARD}"
+        )
     held, _ = read_header(data, len(data), folder / TENSORS)
     listed = card["tensors"]
     wrong = sorted(k for k in {*listed, *held} if listed.get(k) != _described(held.get(k)))
@@ -133,7 +145,9 @@ def _aside(folder: Path) -> Path:
 def _plain_arguments(method: Sparse) -> dict[str, Any]:
     for name, value in method.arguments.items():
         if not _is_plain(value):
-            raise BadInput(f"{method.name}: argument {name} is a {type(value).__name__}; only plain scalars and lists are kept")
+            raise BadInput(
+                f"{method.name}: argument {name} is a {type(value).__name__}; only plain scalars and lists are kept"
+            )
     return method.arguments
 
 
@@ -156,7 +170,9 @@ def _build(method_class: type[Sparse], arguments: dict[str, Any], folder: Path, 
     except (TypeError, RuntimeError, MemoryError, OverflowError, ValueError) as error:
         if meta:
             raise NotImplementedError from error
-        raise Damaged(f"{folder / CARD}: {method_class.name} cannot be built from {str(arguments)[:200]}: {error}") from error
+        raise Damaged(
+            f"{folder / CARD}: {method_class.name} cannot be built from {str(arguments)[:200]}: {error}"
+        ) from error
     finally:
         torch.set_rng_state(state)
 

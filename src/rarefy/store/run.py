@@ -59,7 +59,9 @@ class Run:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._lock.__exit__(kind, error, trace)
 
     def _refuse_foreign(self) -> None:
@@ -82,7 +84,11 @@ class Run:
             if not lines:
                 return
         document = {
-            "format": FORMAT, "version": 1, "made": self.made, "versions": versions(), "hardware": hardware(),
+            "format": FORMAT,
+            "version": 1,
+            "made": self.made,
+            "versions": versions(),
+            "hardware": hardware(),
         }
         write_atomic(path, seal(document))
 
@@ -96,7 +102,10 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     if not DISK.exists(path):
         raise BadInput(f"{folder} is not a run: it has no {MANIFEST}")
     document = read_sealed(path, FORMAT)
-    return {key: document.get(key) if isinstance(document.get(key), dict) else {} for key in ("made", "versions", "hardware")}
+    return {
+        key: document.get(key) if isinstance(document.get(key), dict) else {}
+        for key in ("made", "versions", "hardware")
+    }
 
 
 def versions() -> dict[str, str]:
@@ -114,7 +123,12 @@ def versions() -> dict[str, str]:
 
 def hardware() -> dict[str, Any]:
     """What the run computes on; nothing that names the machine or its user."""
-    out: dict[str, Any] = {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count(), "processor": _cpu()}
+    out: dict[str, Any] = {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "processor": _cpu(),
+    }
     torch = sys.modules.get("torch")
     if torch is not None:
         out["threads"] = torch.get_num_threads()

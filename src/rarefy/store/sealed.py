@@ -23,7 +23,9 @@ def seal(document: dict[str, Any]) -> bytes:
     try:
         text = json.dumps(document, indent=1, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise BadInput(f"cannot be kept as JSON: {error}; use text, whole or finite numbers, true/false, lists and dicts") from error
+        raise BadInput(
+            f"cannot be kept as JSON: {error}; use text, whole or finite numbers, true/false, lists and dicts"
+        ) from error
     if not document or "seal" in document:
         raise BadInput("a document to seal needs at least one entry, and none called 'seal'")
     body = text.encode()[:-2]  # without its "\n}"

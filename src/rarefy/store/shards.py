@@ -23,7 +23,18 @@ from torch import Tensor
 from ..errors import BadInput, Damaged
 from .fs import DISK
 from .layout import (
-    CLOSED, HEADER, STORE, Extent, Index, Layout, check_made_from, data_path, read_extent, read_index, read_layout, store_name,
+    CLOSED,
+    HEADER,
+    STORE,
+    Extent,
+    Index,
+    Layout,
+    check_made_from,
+    data_path,
+    read_extent,
+    read_index,
+    read_layout,
+    store_name,
 )
 from .permutation import shuffled
 from .writer import ActivationWriter
@@ -46,7 +57,9 @@ class ActivationStore:
         Damaged: a file is altered, truncated, missing or foreign; names it.
     """
 
-    def __init__(self, root: str | Path, made_from: dict[str, Any] | None = None, *, cache_bytes: int = 1 << 26) -> None:
+    def __init__(
+        self, root: str | Path, made_from: dict[str, Any] | None = None, *, cache_bytes: int = 1 << 26
+    ) -> None:
         self.root = Path(root)
         if not self.root.is_dir() or not DISK.exists(self.root / STORE):
             if any(DISK.names(self.root)):
@@ -231,7 +244,9 @@ class ActivationStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def __del__(self) -> None:

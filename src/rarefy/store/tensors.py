@@ -20,12 +20,32 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TORCH_NAME = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
 ITEM_BYTES = {
-    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int64": 8, "int32": 4,
-    "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
 }
 """Bytes of one element of each dtype that can be kept, by its name in torch."""
 _CODE = {name: code for code, name in TORCH_NAME.items()}
@@ -116,7 +136,9 @@ def _entry(name: str, entry: Any, path: str | Path) -> Held:
     if not isinstance(code, str) or code not in TORCH_NAME:
         raise Damaged(f"{path}: tensor {name!r} has dtype {str(code)[:20]!r}; one of {', '.join(TORCH_NAME)}")
     for what, values in (("shape", shape), ("data_offsets", offsets)):
-        good = isinstance(values, list) and len(values) <= 16 and all(type(v) is int and 0 <= v < 1 << 48 for v in values)
+        good = (
+            isinstance(values, list) and len(values) <= 16 and all(type(v) is int and 0 <= v < 1 << 48 for v in values)
+        )
         if not good:
             raise Damaged(f"{path}: tensor {name!r} has an impossible {what}")
     dtype = TORCH_NAME[code]

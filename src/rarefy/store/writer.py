@@ -16,8 +16,21 @@ from ..errors import BadInput, Damaged
 from .atomic import write_atomic
 from .fs import DISK, FS, make_dirs, writing
 from .layout import (
-    CLOSED, CLOSED_FORMAT, HEADER, MOST_BLOCK_BYTES, MOST_SHARD_ROWS, RECORD, STORE, Layout, check_made_from, data_path,
-    foreign_names, index_path, read_extent, read_layout, store_name,
+    CLOSED,
+    CLOSED_FORMAT,
+    HEADER,
+    MOST_BLOCK_BYTES,
+    MOST_SHARD_ROWS,
+    RECORD,
+    STORE,
+    Layout,
+    check_made_from,
+    data_path,
+    foreign_names,
+    index_path,
+    read_extent,
+    read_layout,
+    store_name,
 )
 from .lock import RunLock
 from .sealed import canonical, seal
@@ -42,8 +55,15 @@ class ActivationWriter:
     """
 
     def __init__(
-        self, root: str | Path, d: int, dtype: torch.dtype | str, made_from: dict[str, Any], *, block_bytes: int = 1 << 14,
-        shard_bytes: int = 1 << 28, fs: FS = DISK,
+        self,
+        root: str | Path,
+        d: int,
+        dtype: torch.dtype | str,
+        made_from: dict[str, Any],
+        *,
+        block_bytes: int = 1 << 14,
+        shard_bytes: int = 1 << 28,
+        fs: FS = DISK,
     ) -> None:
         self.root, self._fs, self._made_from = Path(root), fs, made_from
         name = dtype_name(dtype)
@@ -52,10 +72,14 @@ class ActivationWriter:
         if not isinstance(made_from, dict):
             raise BadInput("made_from must be a dict of plain JSON values")
         if re.fullmatch(r"acts-[0-9a-f]{32}", self.root.name) and self.root.name != store_name(made_from):
-            raise BadInput(f"{self.root} is not named after made_from, which gives {store_name(made_from)}; use that name")
+            raise BadInput(
+                f"{self.root} is not named after made_from, which gives {store_name(made_from)}; use that name"
+            )
         row_bytes = d * ITEM_BYTES[name]
         if not 1 <= block_bytes <= MOST_BLOCK_BYTES or shard_bytes < 1:
-            raise BadInput(f"block_bytes={block_bytes} must be in 1..{MOST_BLOCK_BYTES} and shard_bytes={shard_bytes} at least 1")
+            raise BadInput(
+                f"block_bytes={block_bytes} must be in 1..{MOST_BLOCK_BYTES} and shard_bytes={shard_bytes} at least 1"
+            )
         block = max(1, min(block_bytes // row_bytes, MOST_SHARD_ROWS))
         shard = max(1, min(shard_bytes // row_bytes, MOST_SHARD_ROWS) // block) * block
         canonical(made_from)
@@ -124,7 +148,9 @@ class ActivationWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self.close()
         else:  # an interrupted store stays unfinished, so that it can be told from a whole one
@@ -149,7 +175,9 @@ class ActivationWriter:
             found = read_layout(self.root, fs)
             check_made_from(found, self._made_from, self.root)
             if (found.d, found.dtype) != (asked.d, asked.dtype):
-                raise BadInput(f"{self.root} keeps rows of {found.d} {found.dtype}, not {asked.d} {asked.dtype}; use another folder")
+                raise BadInput(
+                    f"{self.root} keeps rows of {found.d} {found.dtype}, not {asked.d} {asked.dtype}; use another folder"
+                )
             self._layout = found
         else:
             other = [n for n in fs.names(self.root) if n != ".lock"]
@@ -192,7 +220,9 @@ class ActivationWriter:
             file.seek(-rows * self._layout.row_bytes, 2)
             self._block.update(file.read())
         if self._block.intdigest() != int(sums[-1, 0]) | int(sums[-1, 1]) << 64:
-            raise Damaged(f"{path} is altered: its last block does not match its checksum; delete {self.root} and write it again")
+            raise Damaged(
+                f"{path} is altered: its last block does not match its checksum; delete {self.root} and write it again"
+            )
 
     def _put(self, data: memoryview, count: int) -> None:
         """Data first, then the records that make it count; only the last record commits."""

@@ -7,4 +7,15 @@ from .report import read_report, tidy, write_report
 from .schema import SCHEMA, Report, validate
 from .server import make_app, serve
 
-__all__ = ["SCHEMA", "Report", "export", "make_app", "read_report", "render", "serve", "tidy", "validate", "write_report"]
+__all__ = [
+    "SCHEMA",
+    "Report",
+    "export",
+    "make_app",
+    "read_report",
+    "render",
+    "serve",
+    "tidy",
+    "validate",
+    "write_report",
+]

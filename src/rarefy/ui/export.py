@@ -1,7 +1,7 @@
-"""One self-contained HTML file: the page's scripts, its style and the report inside; opens from disk, asks the network for nothing.
+"""One self-contained HTML file with the page's scripts, its style and the report: opens from disk, needs no network.
 
 The scripts are the server's own modules, joined in order of import with their import and export words taken off
-(tests hold that no two modules use one top-level name). The content policy allows exactly this script and this style, by hash.
+(so no two modules may use one top-level name). The content policy allows exactly this script and style, by hash.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def render(report: Mapping[str, Any]) -> str:
     # `<` is written as an escape so that no token can close the element or open a comment.
     data = dumps(report).replace("<", "\\u003c")
     script, style = "\n" + bundle(), "\n" + static("style.css")
-    policy = f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
+    policy = (
+        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
+    )
     title = escape(report["title"].encode("utf-8", "replace").decode())
     return f"""<!doctype html>
 <html lang="en">
@@ -73,7 +75,7 @@ def render(report: Mapping[str, Any]) -> str:
 </head>
 <body>
 <main id="page" aria-busy="true"><p class="wait">Reading the report …</p></main>
-<noscript><p class="wait">This page draws itself with JavaScript; the numbers are in the data block of this file.</p></noscript>
+<noscript><p class="wait">This page draws itself with JavaScript; its numbers are in the data block.</p></noscript>
 <script type="application/json" id="report">{data}</script>
 <script type="module">{script}</script>
 </body>

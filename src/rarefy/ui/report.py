@@ -16,7 +16,7 @@ NAME = "report.json"
 
 
 def tidy(value: Any) -> Any:
-    """The same value in JSON's terms: NaN and infinity become None, tuples lists, array and tensor values plain numbers."""
+    """The same value in JSON's terms: NaN and infinity become None, tuples lists, arrays and tensors lists."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, str | int | bool):

@@ -1,6 +1,6 @@
 """What a report holds, and the check that it does. docs/report-schema.md says the same in prose.
 
-Numbers that are unknown are None; NaN and infinity are refused because JSON has neither (`report.tidy` makes them None).
+Unknown numbers are None; NaN and infinity are refused because JSON has neither (`report.tidy` makes them None).
 Keys not named here are kept and ignored.
 """
 
@@ -56,9 +56,10 @@ class Metric(TypedDict):
 
 
 class Point(TypedDict):
-    """One method at one budget. `budget` was asked for, `density` was measured; both are fractions of units kept.
+    """One method at one budget. `budget` was asked for, `density` measured: fractions of units kept.
 
-    `metrics`: ce_increase, kl, top1, fvu, loss_recovered, ... `cost`: flops, bytes, dense_flops, dense_bytes (a token), ms, dense_ms.
+    `metrics`: ce_increase, kl, top1, fvu, loss_recovered, ...
+    `cost`: flops, bytes, dense_flops, dense_bytes (a token), ms, dense_ms.
     """
 
     method: str
@@ -105,7 +106,7 @@ class Context(TypedDict):
 
 
 class Top(TypedDict):
-    """What is known of one latent: pairs [token index, value], contexts, counts of activations in equal bins from 0 to its max."""
+    """One latent. `logits_*` are pairs [token index, value]; `hist` counts activations from 0 to its max."""
 
     logits_up: NotRequired[list[list[float]]]
     logits_down: NotRequired[list[list[float]]]
@@ -114,7 +115,9 @@ class Top(TypedDict):
 
 
 class Latents(TypedDict):
-    """The latent browser. `table` holds columns of one length: density (required), id, max, concept, precision, recall, f1.
+    """The latent browser.
+
+    `table` holds columns of one length: density (required), id, max, concept, precision, recall, f1.
 
     `concept` indexes `concepts` (-1 or None: no concept); `top` is parallel to the table, None where nothing was kept.
     """
@@ -163,7 +166,9 @@ def validate(report: Any) -> Report:
     """
     _is(isinstance(report, Mapping), "report", "an object", report)
     if report.get("schema") != SCHEMA:
-        raise Unsupported(f"report: schema {report.get('schema')!r}; this version shows schema {SCHEMA}: make the report again")
+        raise Unsupported(
+            f"report: schema {report.get('schema')!r}; this version shows schema {SCHEMA}: make the report again"
+        )
     _text(report, "title", "report")
     made = _part(report, "made", Mapping, "report")
     for name in ("command", "machine", "date"):
@@ -194,7 +199,12 @@ def _is(true: bool, at: str, wanted: str, got: Any) -> None:
 
 def _part(owner: Mapping[str, Any], name: str, kind: type, at: str) -> Any:
     value = owner.get(name)
-    _is(isinstance(value, kind) and not isinstance(value, str), f"{at}.{name}", "an object" if kind is Mapping else "a list", value)
+    _is(
+        isinstance(value, kind) and not isinstance(value, str),
+        f"{at}.{name}",
+        "an object" if kind is Mapping else "a list",
+        value,
+    )
     return value
 
 
@@ -286,14 +296,24 @@ def _latents(latents: Any) -> None:
     tokens = _part(latents, "tokens", Sequence, "latents")
     _is(all(isinstance(t, str) for t in tokens), "latents.tokens", "a list of strings", tokens)
     concepts = latents.get("concepts", [])
-    _is(isinstance(concepts, Sequence) and all(isinstance(c, str) for c in concepts), "latents.concepts", "a list of strings", concepts)
+    _is(
+        isinstance(concepts, Sequence) and all(isinstance(c, str) for c in concepts),
+        "latents.concepts",
+        "a list of strings",
+        concepts,
+    )
     table = _part(latents, "table", Mapping, "latents")
     _is("density" in table, "latents.table", "an object of columns with density", sorted(table))
     rows = len(_part(table, "density", Sequence, "latents.table"))
     for name, column in table.items():
         _numbers(column, f"latents.table.{name}", rows)
     for row, concept in enumerate(table.get("concept", ())):
-        _is(concept is None or -1 <= concept < len(concepts), f"latents.table.concept[{row}]", f"null, -1 or an index below {len(concepts)}", concept)
+        _is(
+            concept is None or -1 <= concept < len(concepts),
+            f"latents.table.concept[{row}]",
+            f"null, -1 or an index below {len(concepts)}",
+            concept,
+        )
     top = _part(latents, "top", Sequence, "latents")
     _is(len(top) in (0, rows), "latents.top", f"empty or a list of {rows}, one entry a row of the table", len(top))
     for row, entry in enumerate(top):

@@ -86,7 +86,9 @@ class Guard:
         request = Request(scope)
         query = QueryParams(scope["query_string"]).get("token", "")
         if query and self._same(query):
-            reply = RedirectResponse(scope["path"] if scope["path"] == "/" else "/", 303)  # keeps the secret out of the address bar
+            reply = RedirectResponse(
+                scope["path"] if scope["path"] == "/" else "/", 303
+            )  # keeps the secret out of the address bar
             reply.set_cookie(COOKIE, self.token, httponly=True, samesite="strict")
             return reply
         bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -105,7 +107,7 @@ def _file(name: str) -> Callable[[Request], Response]:
 
 
 def make_app(run_folder: Path, hosts: Iterable[str] = LOOPBACK, token: str = "") -> ASGIApp:
-    """The application that shows `run_folder`. `hosts` are the names it answers to (empty: any, then a token is a must).
+    """The application that shows `run_folder`. `hosts` are the names it answers to (none: any, with a token).
 
     Raises BadInput when the folder holds no report.json.
     """
@@ -127,7 +129,11 @@ def make_app(run_folder: Path, hosts: Iterable[str] = LOOPBACK, token: str = "")
             said = str(error).encode("utf-8", "replace").decode()
             return JSONResponse({"error": said}, 422)
 
-    routes = [Route("/", _file("index.html")), Route("/" + NAME, report), Route("/static/style.css", _file("style.css"))]
+    routes = [
+        Route("/", _file("index.html")),
+        Route("/" + NAME, report),
+        Route("/static/style.css", _file("style.css")),
+    ]
     routes += [Route(f"/static/{name}", _file(name)) for name in module_order()]
     app = Starlette(routes=routes)
     app.router.redirect_slashes = False
@@ -143,18 +149,25 @@ def check_address(host: str, token: str) -> tuple[str, ...]:
     if host == "localhost" or (address is not None and address.is_loopback):
         return (*LOOPBACK, host)
     if len(token) < SHORTEST_TOKEN:
-        raise BadInput(f"host={host!r} lets other machines in: give a token of at least {SHORTEST_TOKEN} characters, or stay on 127.0.0.1")
+        raise BadInput(
+            f"host={host!r} lets other machines in: give a token of at least {SHORTEST_TOKEN} characters, "
+            "or stay on 127.0.0.1"
+        )
     if address is not None and address.is_unspecified:
         return ()  # reached by names unknown here; the token decides
     return (*LOOPBACK, host)
 
 
 def serve(
-    run_folder: Path, port: int = 8765, host: str = "127.0.0.1", token: str = "", on_ready: Callable[[str], None] | None = None
+    run_folder: Path,
+    port: int = 8765,
+    host: str = "127.0.0.1",
+    token: str = "",
+    on_ready: Callable[[str], None] | None = None,
 ) -> None:
     """Show a run folder's page until interrupted. Port 0 takes a free one; `on_ready` gets the address once it listens.
 
-    Raises BadInput for a folder without report.json, a port out of range or in use, and for an open host without a token.
+    Raises BadInput for a folder without report.json, a port out of range or in use, an open host without a token.
     """
     import socket
 
@@ -169,7 +182,9 @@ def serve(
         try:
             listener.bind((host, port))
         except OSError as error:
-            raise BadInput(f"{host}:{port}: {error.strerror or error}; choose another port, or 0 for a free one") from None
+            raise BadInput(
+                f"{host}:{port}: {error.strerror or error}; choose another port, or 0 for a free one"
+            ) from None
         listener.listen()
         shown = f"[{host}]" if ":" in host else host
         if on_ready:

@@ -1,7 +1,7 @@
 // Training curves: one small chart a quantity, one line a method.
 import { h, onWidth, svg } from "./dom.js";
 import { known, metricName, num } from "./format.js";
-import { key, look } from "./marks.js";
+import { enrol, key, look } from "./marks.js";
 import { makeScale } from "./scale.js";
 
 
@@ -40,6 +40,7 @@ function smallChart(name, curves, width) {
 }
 
 export function curvesPanel(curves) {
+  enrol(curves.map((c) => c.method));
   const names = [...new Set(curves.flatMap((c) => Object.keys(c.series)))].filter((n) => n !== "step");
   const cells = names.map((name) => {
     const cell = h("figure", { class: "small" }), mine = curves.filter((c) => c.series[name]);

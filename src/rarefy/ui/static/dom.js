@@ -47,13 +47,20 @@ export function table(head, rows, caption) {
       h("tbody", {}, rows.map((row) => h("tr", {}, row.map((v, i) => cell(i ? "td" : "th", v, i, i ? null : "row")))))));
 }
 
-// Draws when the element first has a width and whenever that changes; in a frame of its own, so that drawing cannot feed itself.
+const undrawn = [];
+
+// Draws to the element's width: first in drawNow(), once it stands in the page, then whenever the width changes,
+// in a frame of its own so that drawing cannot feed the observer.
 export function onWidth(node, draw) {
   let last = 0;
-  new ResizeObserver(() => requestAnimationFrame(() => {
+  const fit = () => {
     const width = node.clientWidth;
     if (width < 50 || Math.abs(width - last) <= 2) return;
     last = width;
     draw(width);
-  })).observe(node);
+  };
+  undrawn.push(fit);
+  new ResizeObserver(() => requestAnimationFrame(fit)).observe(node);
 }
+
+export const drawNow = () => undrawn.splice(0).forEach((fit) => fit());

@@ -1,7 +1,7 @@
 // One unit's panel: quality kept against cost paid, for methods, baselines and the dense model.
 import { h, onWidth, svg, table } from "./dom.js";
 import { better, bytes, interval, known, metricName, num, percent } from "./format.js";
-import { key, look, mark } from "./marks.js";
+import { enrol, key, look, mark } from "./marks.js";
 import { makeScale } from "./scale.js";
 
 const SHARES = ["flops", "bytes", "ms"];
@@ -63,17 +63,19 @@ function showTip(node, said) {
 }
 const hideTip = () => { tip().hidden = true; };
 
+const short = (name) => (name.length > 26 ? name.slice(0, 25) + "…" : name);
+
 function placeLabels(series, box, denseY) {
   const placed = known(denseY) ? [{ y: denseY - 6, left: box.left, right: box.left + 44 }] : [];
   for (const s of [...series].sort((a, b) => a.at[0][1] - b.at[0][1])) {
-    const [px, py] = s.at[0], left = px - 14 - s.name.length * 6.8, right = px - 12;
+    const [px, py] = s.at[0], left = px - 14 - short(s.name).length * 6.8, right = px - 12;
     const free = (y) => y >= box.top && y <= box.floor && !placed.some((q) => Math.abs(q.y - y) < 15 && left < q.right && q.left < right);
     const shift = Array.from({ length: 80 }, (_, i) => (i % 2 ? 1 : -1) * 3 * Math.ceil(i / 2)).find((d) => free(py + d)) ?? 0;
     placed.push({ s, y: py + shift, px, py, left, right });
   }
   return placed.filter((q) => q.s).map(({ s, y, px, py }) => [
     Math.abs(y - py) > 4 && svg("path", { class: "leader", d: `M${px - 7} ${py}L${px - 12} ${y}` }),
-    svg("text", { x: px - 14, y: y + 4, class: `label ${s.style.tone}`, "text-anchor": "end" }, s.name),
+    svg("text", { x: px - 14, y: y + 4, class: `label ${s.style.tone}`, "text-anchor": "end" }, short(s.name)),
   ]);
 }
 
@@ -165,6 +167,7 @@ function chooser(label, options, value, onpick) {
 }
 
 export function frontierPanel(unit) {
+  for (const role of ["method", "baseline"]) enrol(unit.points.filter((p) => p.role === role).map((p) => p.method));
   const metrics = [...new Set(unit.points.flatMap((p) => Object.keys(p.metrics ?? {})))];
   const xs = ["density", "budget", ...SHARES.filter((k) => unit.points.some((p) => known(costShare(p, k))))];
   const sizes = unit.points.map((p) => Math.abs(p.metrics?.[unit.y.key]?.mean ?? 0)).filter((v) => v > 0);

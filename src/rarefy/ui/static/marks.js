@@ -7,20 +7,24 @@ const PATHS = {
   down: "M0 5.4L5-3.6H-5z", hexagon: "M-5 0L-2.5-4.4H2.5L5 0L2.5 4.4H-2.5z", cross: "M-1.7-5h3.4v3.3H5v3.4H1.7V5h-3.4V1.7H-5v-3.4h3.3z",
   bar: "M-2.2-5.5h4.4v11h-4.4z", star: "M0-7L1.8-2.2L6.9-2L2.9 1.2L4.2 6.2L0 3.3L-4.2 6.2L-2.9 1.2L-6.9-2L-1.8-2.2z",
 };
-const seen = new Map();
+const places = new Map();
 
-// Numbered within a family (what stands before the slash), so that each panel starts with the colours furthest apart.
-function place(method, role) {
-  const family = role + " " + (method.includes("/") ? method.split("/")[0] : "");
-  if (!seen.has(family)) seen.set(family, new Map());
-  const map = seen.get(family);
-  if (!map.has(method)) map.set(method, map.size);
-  return map.get(method);
+// Gives each method of one panel a place of its own; a method met before keeps the one it has.
+export function enrol(names) {
+  const taken = new Set(names.filter((n) => places.has(n)).map((n) => places.get(n)));
+  for (const name of new Set(names)) {
+    if (places.has(name)) continue;
+    let free = 0;
+    while (taken.has(free)) free++;
+    places.set(name, free);
+    taken.add(free);
+  }
 }
 
 export function look(method, role) {
   if (role === "dense") return { tone: "dense", path: PATHS.star, role };
-  const i = place(method, role);
+  if (!places.has(method)) enrol([method]);
+  const i = places.get(method);
   if (role === "baseline") return { tone: "base", path: PATHS[SHAPES[(i * 3 + 1) % SHAPES.length]], role };
   return { tone: "c" + (i % 8), path: PATHS[SHAPES[(i + Math.floor(i / 8)) % SHAPES.length]], role };
 }

@@ -1,5 +1,5 @@
 // The page is a function of one report.
-import { h, table } from "./dom.js";
+import { drawNow, h, table } from "./dom.js";
 import { bytes, num, seconds, times } from "./format.js";
 import { curvesPanel } from "./curves.js";
 import { frontierPanel } from "./frontier.js";
@@ -72,6 +72,7 @@ export function renderPage(report, root) {
   const nav = h("nav", { "aria-label": "Sections" }, parts.map(([node, name]) => h("a", { href: "#" + node.id }, name)));
   root.replaceChildren(header(report), nav, ...parts.map(([node]) => node));
   root.removeAttribute("aria-busy");
-  // The place named in the address did not exist when the browser looked for it; panels take their height a frame later.
-  if (location.hash.length > 1) setTimeout(() => document.getElementById(location.hash.slice(1))?.scrollIntoView({ behavior: "instant" }), 60);
+  drawNow();
+  // The place named in the address did not exist yet when the browser looked for it.
+  if (location.hash.length > 1) document.getElementById(location.hash.slice(1))?.scrollIntoView({ behavior: "instant" });
 }

@@ -1,0 +1,1 @@
+"""Latents: dictionaries that write an activation as a sum of few directions."""

@@ -1,0 +1,64 @@
+"""BatchTopK (Bussmann et al. 2024, arXiv 2412.06410): the k * B largest pre-activations of a batch of B rows.
+
+In use, a batch is replaced by a threshold: the running mean of the smallest positive activation that training kept
+(sec. 2.2), so that a row does not depend on its neighbours.
+
+Shape letters as in topk.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..method import Loss
+from ..selection import Selection, batch_top_k, check_finite, threshold
+from .dictionary import diagnostics
+from .topk import TopK
+
+
+class BatchTopK(TopK):
+    """k latents a row on average, allotted where they help.
+
+    Args:
+        momentum: of the running threshold (0.99). Others as for TopK.
+    """
+
+    name = "latents/batch_topk"
+
+    def __init__(
+        self, d_in: int, width: int, k: int = 32, d_out: int = 0, aux_alpha: float = 1 / 32, aux_k: int = 0,
+        dead_after: int = 10_000_000, momentum: float = 0.99, seed: int = 0,
+    ) -> None:
+        super().__init__(d_in, width, k, d_out, aux_alpha, aux_k, dead_after, seed)
+        self.momentum = momentum
+        self.register_buffer("tau", torch.zeros(()))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+    def select(self, x: Tensor) -> Selection:
+        """By the batch while training, by the threshold after; before any training the threshold is 0."""
+        check_finite(x, f"input of {self.name}")
+        pre = self.pre_activations(x).relu()
+        if self.training and torch.is_grad_enabled():
+            chosen = batch_top_k(pre, self.k) if pre.numel() else threshold(pre, 0.0)
+            return Selection(self.width, pre, mask_=chosen.mask & (pre > 0))
+        return threshold(pre, self.tau.to(pre.dtype))
+
+    @torch.no_grad()
+    def _follow(self, weight: Tensor) -> None:
+        if weight.numel():
+            least = weight.min()
+            self.tau.copy_(least if not self.seen else self.momentum * self.tau + (1 - self.momentum) * least)
+            self.seen += 1
+
+    def loss(self, x: Tensor, y: Tensor) -> Loss:
+        """mse + aux, as TopK; moves the threshold."""
+        chosen = self.select(x)
+        y_hat = self.decode(chosen)
+        mse = self.error(y_hat, y)
+        aux = self.aux_loss(x, (y - y_hat).detach())
+        self.fired(chosen.mask.nonzero()[:, 1], len(x))
+        self._follow(chosen.weight[chosen.mask])
+        parts = {"mse": mse, **({} if aux is None else {"aux": aux}), **diagnostics(y, y_hat, chosen.mask.sum() / max(1, len(x)))}
+        parts["dead"] = (self.idle_F > self.dead_after).float().mean()
+        return Loss(mse if aux is None else mse + aux, parts)

@@ -1,0 +1,74 @@
+"""Gated autoencoder (Rajamanoharan et al. 2024, arXiv 2404.16014).
+
+pi = W_gate (x - b_dec) + b_gate decides which latents are on, W_mag (x - b_dec) + b_mag how much, with the rows of
+W_mag those of W_gate times exp(r_mag) (eq. 6, 7). Loss (eq. 8): reconstruction + l1 * sum ReLU(pi) + the error of
+decoding ReLU(pi) with a frozen decoder, which trains the gate.
+
+Shape letters: B = rows, D = width, F = latents.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BadInput
+from ..method import Loss
+from ..selection import Selection, check_finite
+from .dictionary import Dictionary, diagnostics
+
+
+class Gated(Dictionary):
+    """A gate that picks and a magnitude that measures, so that sparsity does not shrink.
+
+    Args:
+        l1: weight of the gate's penalty. warmup: steps over which it rises from 0.
+    W_enc_FD is W_gate and b_enc_F is b_gate.
+    """
+
+    name = "latents/gated"
+
+    def __init__(self, d_in: int, width: int, d_out: int = 0, l1: float = 0.02, warmup: int = 100, dead_after: int = 1_000_000, seed: int = 0) -> None:
+        super().__init__(d_in, width, d_out, seed)
+        if l1 < 0 or warmup < 0:
+            raise BadInput(f"l1={l1} and warmup={warmup} must be >= 0")
+        self.l1, self.warmup, self.dead_after = l1, warmup, dead_after
+        self.r_mag_F, self.b_mag_F = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    @property
+    def budget(self) -> float:
+        """1: any number of latents may be active."""
+        return 1.0
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        product = self.centred(x) @ self.W_enc_FD.T
+        return product + self.b_enc_F, product * self.r_mag_F.exp() + self.b_mag_F
+
+    def select(self, x: Tensor) -> Selection:
+        """Latents whose gate is open and whose magnitude is positive."""
+        check_finite(x, f"input of {self.name}")
+        gate, magnitude = self._parts(x)
+        return Selection(self.width, magnitude, mask_=(gate > 0) & (magnitude > 0))
+
+    def loss(self, x: Tensor, y: Tensor) -> Loss:
+        """mse + l1 of the gate + the gate's own reconstruction through the detached decoder."""
+        gate_BF, magnitude_BF = self._parts(x)
+        on_BF = (gate_BF > 0).to(gate_BF)
+        f_BF = on_BF * magnitude_BF.relu()
+        y_hat = self.in_units(f_BF @ self.W_dec_FD + self.b_dec_D)
+        open_BF = gate_BF.relu()
+        frozen = self.in_units(open_BF @ self.W_dec_FD.detach() + self.b_dec_D.detach())
+        rise = min(1.0, int(self.steps) / self.warmup) if self.warmup else 1.0
+        mse, aux = self.error(y_hat, y), self.error(frozen, y)
+        penalty = self.l1 * rise * open_BF.sum(-1).mean() / self.d_out
+        active = f_BF.detach() > 0
+        self.fired(active.any(0).nonzero()[:, 0], len(x))
+        parts = {"mse": mse, "l1": penalty, "aux": aux, **diagnostics(y, y_hat, active.sum() / max(1, len(x)))}
+        parts["dead"] = (self.idle_F > self.dead_after).float().mean()
+        return Loss(mse + penalty + aux, parts)
+
+    def after_step(self, step: int) -> None:
+        """Unit-norm decoder rows; count steps for the warm-up."""
+        super().after_step(step)
+        self.steps += 1
