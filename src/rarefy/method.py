@@ -51,7 +51,7 @@ class Sparse(nn.Module):
         signature = inspect.signature(original)
 
         def __init__(self: Sparse, *args: Any, **kwargs: Any) -> None:
-            if type(self) is cls:
+            if "_arguments" not in self.__dict__:      # the outermost constructor knows what was asked for
                 bound = signature.bind(self, *args, **kwargs)
                 bound.apply_defaults()
                 arguments = {k: v for k, v in list(bound.arguments.items())[1:]}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..kernels.gather_linear.modules import check_width
-from ..selection import check_finite
+from ..selection import Selection, check_finite
 from . import histogram
 from .linear import InputSparseLinear
 
@@ -61,10 +61,18 @@ class ThresholdLinear(InputSparseLinear):
         self.tau.fill_(-1.0 if self.budget == 1 else histogram.quantile(self.count_Q, 1 - self.budget))
         self.ready.fill_(True)
 
-    def _pick(self, x: Tensor) -> Tensor:
+    def select(self, x: Tensor) -> Selection:
+        """Inputs of rows [..., I] whose score exceeds the threshold; the selection's weight is the input itself."""
         if not self.ready:
-            raise BadInput(f"{self.name} is not fitted: observe() calibration rows and finish(), or use calibrate()")
-        return self.scores(x) > self.tau
+            raise BadInput(f"{self.name} is not calibrated yet; call calibrate(model, plan, batches) first")
+        return Selection(self.d_in, x, mask_=self.scores(x.detach()) > self.tau)
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        """Keep the threshold in float64 whatever dtype the weights are moved to."""
+        tau = self.tau
+        super()._apply(fn, recurse)
+        self.tau = tau.to(self.tau.device)
+        return self
 
 
 def wide(x: Tensor) -> Tensor:

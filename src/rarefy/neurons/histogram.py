@@ -30,9 +30,7 @@ def quantile(count_Q: Tensor, q: float) -> float:
     """
     total_Q = count_Q.cumsum(0)
     rank = q * int(total_Q[-1])
-    at = min(int((total_Q.double() < rank).sum()), BINS - 1)
-    while at > 0 and not count_Q[at]:
-        at -= 1
+    at = min(int(((total_Q.double() < rank) | (total_Q == 0)).sum()), int(count_Q.nonzero()[-1]))
     edges = (torch.tensor([at, at + 1], dtype=torch.int32) << _SHIFT).view(torch.float32).double()
     if not torch.isfinite(edges[1]):
         edges[1] = torch.finfo(torch.float32).max

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..cost import Cost
-from ..errors import Unsupported
 from ..kernels.gather_linear import gather_linear, gather_linear_reference
+from ..kernels.gather_linear.modules import check_width, linear_parts
 from ..method import Sparse, fraction, positive
 from ..selection import Selection, check_finite
 
@@ -37,13 +37,8 @@ class InputSparseLinear(Sparse):
     @classmethod
     def for_module(cls, module: nn.Module, **arguments: Any) -> Self:
         """Stand in for a Linear or Conv1D, with a copy of its weight."""
-        if isinstance(module, nn.Linear):
-            columns_IO = module.weight.T
-        elif type(module).__name__ == "Conv1D":
-            columns_IO = module.weight
-        else:
-            raise Unsupported(f"{cls.name} works on nn.Linear and Conv1D, not on a {type(module).__name__}")
-        bias = getattr(module, "bias", None)
+        weight_OI, bias = linear_parts(module, cls.name)
+        columns_IO = weight_OI.t()
         made = cls(*columns_IO.shape, bias=bias is not None, **arguments).to(columns_IO)
         with torch.no_grad():
             made.columns_IO.copy_(columns_IO)
@@ -66,10 +61,11 @@ class InputSparseLinear(Sparse):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]; columns of dropped inputs are not read for few rows."""
+        check_width(x, self.d_in, self.name)
         check_finite(x, f"input of {self.name}")
         kept_NI = self.select(x).mask.flatten(0, -2) if x.ndim > 1 else self.select(x[None]).mask
         out_NO = gather_linear(x.reshape(-1, self.d_in), kept_NI, self.columns_IO, self.bias_O)
-        return out_NO.view(*x.shape[:-1], self.d_out)
+        return out_NO.reshape(*x.shape[:-1], self.d_out)
 
     def reference(self, x: Tensor) -> Tensor:
         """The same by one masked dense product."""

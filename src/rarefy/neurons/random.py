@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import BadInput
 from ..selection import Selection, kept
 from .linear import InputSparseLinear
 
@@ -15,9 +16,11 @@ class RandomNeurons(InputSparseLinear):
     name = "neurons/random"
 
     def __init__(self, d_in: int, d_out: int, budget: float = 0.5, bias: bool = True, seed: int = 0) -> None:
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+            raise BadInput(f"seed={seed!r} must be a whole number in 0..2**63 - 1")
         super().__init__(d_in, d_out, budget, bias)
         lottery_I = torch.rand(d_in, generator=torch.Generator().manual_seed(seed))
-        self.register_buffer("index_K", lottery_I.topk(kept(budget, d_in)).indices)
+        self.register_buffer("index_K", lottery_I.argsort(stable=True)[: kept(budget, d_in)])
 
     def select(self, x: Tensor) -> Selection:
         """The fixed set, for each row."""

@@ -12,18 +12,29 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..cost import Cost
-from ..errors import BadInput, Unsupported
+from ..errors import BadInput
+from ..kernels.gather_linear.modules import linear_parts
 from ..method import Sparse, fraction, positive
-from ..selection import Selection, check_finite, kept, n_of_m, top_k
+from ..selection import Selection, check_finite, kept
 
 
 def dense_weight(module: nn.Module, name: str) -> Tensor:
-    """Weight [O, I] of a Linear or of transformers' Conv1D, which keeps it transposed."""
-    if isinstance(module, nn.Linear):
-        return module.weight
-    if type(module).__name__ == "Conv1D":
-        return module.weight.T
-    raise Unsupported(f"{name} works on nn.Linear and Conv1D, not on a {type(module).__name__}")
+    """Weight [O, I], on the module's own storage, of a Linear or of transformers' Conv1D, which keeps it transposed.
+
+    Raises:
+        Unsupported: another module, a quantised weight or one not in memory. BadInput: NaN or inf in it.
+    """
+    return linear_parts(module, name)[0]
+
+
+def keep_highest(scores: Tensor, k: int) -> Tensor:
+    """Bool mask of the k highest of the last dim; among equals the lower index wins, so masks of rising k are nested."""
+    n = scores.shape[-1]
+    if k >= n:
+        return torch.ones_like(scores, dtype=torch.bool)
+    tau = scores.kthvalue(n - k + 1, dim=-1, keepdim=True).values
+    above, equal = scores > tau, scores == tau
+    return above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
 
 
 class MaskedLinear(Sparse):
@@ -42,16 +53,17 @@ class MaskedLinear(Sparse):
         self, d_in: int, d_out: int, budget: float = 0.5, n: int = 0, m: int = 0, bias: bool = True, group: str = "row",
     ) -> None:
         super().__init__()
-        positive("d_in", d_in), positive("d_out", d_out)
+        positive("d_in", d_in)
+        positive("d_out", d_out)
         fraction("budget", budget)
-        if bool(n) != bool(m) or (m and not 0 < n <= m):
+        if (n or m) and not (isinstance(n, int) and isinstance(m, int) and 0 < n <= m):
             raise BadInput(f"n={n}, m={m}: give both, with 1 <= n <= m, or neither")
         if m and d_in % m:
             raise BadInput(f"m={m} does not divide d_in={d_in}; choose an m that does")
         if m and budget not in (0.5, n / m):
             raise BadInput(f"budget={budget} contradicts {n}:{m}, which keeps {n / m:g}; leave one out")
-        if group not in ("row", "layer"):
-            raise BadInput(f"group={group!r} must be row or layer")
+        if group not in ("row", "layer") or (m and group == "layer"):
+            raise BadInput(f"group={group!r} must be row or layer, and row with n and m")
         self.d_in, self.d_out, self.n, self.m, self.group = d_in, d_out, n, m, group
         self._budget = n / m if m else float(budget)
         self.weight_OI = nn.Parameter(torch.zeros(d_out, d_in))
@@ -85,10 +97,10 @@ class MaskedLinear(Sparse):
     def _choose(self) -> Tensor:
         score_OI = self.scores()
         if self.m:
-            return n_of_m(score_OI, self.n, self.m).mask
+            return keep_highest(score_OI.unflatten(-1, (-1, self.m)), self.n).flatten(-2)
         if self.group == "layer":
-            return top_k(score_OI.flatten(), kept(self._budget, score_OI.numel())).mask.view_as(score_OI)
-        return top_k(score_OI, kept(self._budget, self.d_in)).mask
+            return keep_highest(score_OI.flatten(), kept(self._budget, score_OI.numel())).view_as(score_OI)
+        return keep_highest(score_OI, kept(self._budget, self.d_in))
 
     def ready(self) -> None:
         """Raise BadInput if used before calibration."""
@@ -109,9 +121,9 @@ class MaskedLinear(Sparse):
         return linear(x, self.sparse_weight(), self.bias_O)
 
     def reference(self, x: Tensor) -> Tensor:
-        """The defining sum: y_o = sum over kept i of w_oi x_i + b_o."""
-        terms = torch.where(self.select().mask, self.weight_OI * x[..., None, :], 0)
-        return terms.sum(-1) + (0 if self.bias_O is None else self.bias_O)
+        """y_o = sum over kept i of w_oi x_i + b_o, as a product with the selection's dense form."""
+        out = x @ self.select().dense.t()
+        return out if self.bias_O is None else out + self.bias_O
 
     def bake(self, module: nn.Module) -> None:
         """Write the pruned weight into the module this stands in for, in its own orientation."""

@@ -12,6 +12,9 @@ class Magnitude(MaskedLinear):
 
     name = "weights/magnitude"
 
+    def __init__(self, d_in: int, d_out: int, budget: float = 0.5, n: int = 0, m: int = 0, bias: bool = True, group: str = "row") -> None:
+        super().__init__(d_in, d_out, budget, n, m, bias, group)
+
     def scores(self) -> Tensor:
         """[O, I] |W|."""
         return self.weight_OI.detach().abs().float()

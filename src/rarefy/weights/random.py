@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import BadInput
 from .linear import MaskedLinear
 
 
@@ -15,6 +16,8 @@ class RandomWeights(MaskedLinear):
 
     def __init__(self, d_in: int, d_out: int, budget: float = 0.5, n: int = 0, m: int = 0, bias: bool = True, group: str = "row",
                  seed: int = 0) -> None:
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+            raise BadInput(f"seed={seed!r} must be a whole number in 0..2**63 - 1")
         super().__init__(d_in, d_out, budget, n, m, bias, group)
         self.seed = seed
 

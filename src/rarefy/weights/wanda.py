@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
+from ..kernels.gather_linear.modules import check_width
 from ..selection import check_finite
 from .linear import MaskedLinear
 
@@ -33,14 +34,13 @@ class Wanda(MaskedLinear):
 
     def observe(self, x: Tensor, y: Tensor | None = None) -> None:
         """Add rows [N, I] to the input norms."""
+        check_width(x, self.d_in, self.name)
         check_finite(x, f"calibration input of {self.name}")
         self.square_I += x.detach().flatten(0, -2).double().square().sum(0)
         self.rows += x.shape[:-1].numel()
 
     def finish(self) -> None:
         """Choose the mask."""
-        if not self.rows:
-            raise BadInput(f"{self.name} has seen no calibration rows; call observe, or calibrate(model, plan, batches)")
         self.mask_OI = self._choose()
         self.finished.fill_(True)
 
@@ -51,4 +51,6 @@ class Wanda(MaskedLinear):
 
     def scores(self) -> Tensor:
         """[O, I] |W_oi| * ||X_i||_2."""
+        if not self.rows:
+            raise BadInput(f"{self.name} has seen no calibration rows; call observe, or calibrate(model, plan, batches)")
         return self.weight_OI.detach().abs().float() * self.square_I.sqrt().float()
