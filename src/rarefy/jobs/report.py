@@ -123,4 +123,4 @@ def show(run: Path, *, port: int, host: str, token: str, export: Path | None, sa
 
         say(f"wrote {write_page(report, export)}")
         return
-    serve(run, port=port, host=host, token=token, say=say)
+    serve(run, port=port, host=host, token=token, on_ready=lambda url: say(f"{run} is at {url}; Ctrl-C ends"))

@@ -12,7 +12,7 @@ from ..errors import BadInput, Damaged
 
 
 class FS:
-    """The real disk. Every path is a Path; nothing here is atomic or durable by itself except `rename` and the syncs."""
+    """The real disk. Paths are Path objects; nothing is atomic or durable by itself but `rename` and the syncs."""
 
     def write(self, path: Path, data: bytes) -> None:
         """Make the file hold exactly `data`."""

@@ -15,7 +15,7 @@ _A, _B = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def shuffled(places: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Rows at `places` (int64, 0..n-1) of the order that (seed, epoch) gives; a permutation of 0..n-1 over all places."""
+    """Rows at `places` (int64, 0..n-1) of the order that (seed, epoch) gives: a permutation of 0..n-1."""
     half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
     digest = hashlib.blake2b(f"{seed},{epoch},{n}".encode(), digest_size=8 * _ROUNDS).digest()
     keys = np.frombuffer(digest, dtype="<u8")

@@ -121,7 +121,7 @@ class ActivationStore:
         return self._extent.closed
 
     def __getitem__(self, which: int | slice | Tensor) -> Tensor:
-        """Rows: [d] for a whole number, [n, d] for a slice or an int64 tensor [n] of row numbers (negative from the end)."""
+        """Rows: [d] for a whole number, [n, d] for a slice or an int64 tensor [n] (negative: from the end)."""
         n = len(self)
         if isinstance(which, int):
             return self._rows(self._checked(np.array([which], np.int64)))[0]
