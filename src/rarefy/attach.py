@@ -19,10 +19,14 @@ from torch import Tensor, nn
 from .errors import Unsupported
 
 _numbers = itertools.count()
+_names: set[str] = set()
+"""Keys that are registered now."""
 
 
 def _refusals(name: str, module: nn.Module) -> None:
-    if getattr(module, "sliding_window", None):
+    # Mistral and Mixtral pass their config's window at each call; elsewhere it is the module's own.
+    everywhere = getattr(module.config, "sliding_window", None) if getattr(module.config, "layer_types", None) is None else None
+    if getattr(module, "sliding_window", everywhere):
         raise Unsupported(f"{name}: this layer attends within a sliding window already; leave it out of the plan")
     if getattr(module, "attn_logit_softcapping", None) or getattr(module, "softcap", None):
         raise Unsupported(f"{name}: this layer caps its attention logits, which block attention does not do; leave it out")
@@ -46,7 +50,9 @@ def _padding(name: str, mask: Tensor | None, causal: bool, T: int, S: int) -> Te
     # A padded query may be masked in any way: nobody reads its output.
     rows = real_BS[:, S - T :] if causal else torch.ones_like(real_BS[:, :1]).expand(-1, T)
     if not torch.equal(mask[:, 0] & rows[..., None], expected & rows[..., None]):
-        raise Unsupported(f"{name}: the mask is more than causal and padding (packed sequences, a static cache or a prefix); pass plain padded batches")
+        raise Unsupported(
+            f"{name}: the mask is more than causal and padding (packed sequences, a static cache or a prefix); pass plain padded batches"
+        )
     return None if bool(real_BS.all()) else real_BS
 
 
@@ -61,13 +67,13 @@ def attached(model: nn.Module, plan: Mapping[str, tuple[str, Any]]) -> Iterator[
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     methods: dict[int, tuple[str, Any]] = {}
-    configs = {id(model.config): model.config}
+    configs: dict[int, Any] = {id(model.config): model.config}
     for path, (name, method) in plan.items():
         module = model.get_submodule(path)
         _refusals(name, module)
         methods[id(module)] = (name, method)
         configs[id(module.config)] = module.config
-    if not getattr(model, "_supports_sdpa", False):
+    if not (getattr(model, "_supports_sdpa", False) or getattr(model, "_supports_attention_backend", False)):
         raise Unsupported(f"{type(model).__name__} does not take its attention from transformers' attention interface")
     checked: dict[int, tuple[Any, Tensor | None]] = {}
 
@@ -76,7 +82,10 @@ def attached(model: nn.Module, plan: Mapping[str, tuple[str, Any]]) -> Iterator[
         scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
     ) -> tuple[Tensor, None]:
         if id(module) not in methods:
-            return sdpa_attention_forward(
+            # an outer context's plan still holds for the modules that this one leaves alone
+            outer = before.get(id(module.config), "")
+            dense = ALL_ATTENTION_FUNCTIONS[outer] if outer in _names else sdpa_attention_forward
+            return dense(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
             )
         name, method = methods[id(module)]
@@ -101,6 +110,7 @@ def attached(model: nn.Module, plan: Mapping[str, tuple[str, Any]]) -> Iterator[
         return out_BHTD.transpose(1, 2).contiguous(), None
 
     key = f"rarefy-{next(_numbers)}"
+    _names.add(key)
     before = {i: c._attn_implementation_internal for i, c in configs.items()}
     ALL_ATTENTION_FUNCTIONS.register(key, run)
     ALL_MASK_ATTENTION_FUNCTIONS.register(key, sdpa_mask)
@@ -111,5 +121,6 @@ def attached(model: nn.Module, plan: Mapping[str, tuple[str, Any]]) -> Iterator[
     finally:
         for i, config in configs.items():
             config._attn_implementation_internal = before[i]
+        _names.discard(key)
         type(ALL_ATTENTION_FUNCTIONS)._global_mapping.pop(key, None)
         type(ALL_MASK_ATTENTION_FUNCTIONS)._global_mapping.pop(key, None)

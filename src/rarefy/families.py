@@ -7,6 +7,7 @@ output. A site that a family lacks is simply not in its row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -45,7 +46,6 @@ _LLAMA_LINEARS = {
 _LLAMA_STREAMS = {
     "resid_mid": "post_attention_layernorm<", "attn.in": "self_attn<", "attn.out": "self_attn>", "mlp.in": "mlp<", "mlp.out": "mlp>",
 }
-_ATTENTION_ONLY = {k: v for k, v in _LLAMA_LINEARS.items() if v.startswith("self_attn")}
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -58,7 +58,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "moe", ("mixtral", "qwen2_moe", "qwen3_moe"), "model", "embed_tokens", "layers", "self_attn",
-        _LLAMA_STREAMS, _ATTENTION_ONLY, "norm", "self_attn",
+        _LLAMA_STREAMS, _LLAMA_LINEARS, "norm", "self_attn",
     ),
     Family(
         "gpt2", ("gpt2",), "transformer", "wte", "h", "attn",
@@ -105,6 +105,11 @@ FAMILIES: tuple[Family, ...] = (
 _BY_TYPE = {t: family for family in FAMILIES for t in family.types}
 
 
+def config_of(model: nn.Module) -> Any:
+    """The model's transformers config."""
+    return model.config
+
+
 def family_of(model: nn.Module) -> Family:
     """The row of a model, by its config's model_type."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
@@ -125,6 +130,10 @@ def backbone_path(model: nn.Module, family: Family) -> str:
     raise Unsupported(f"{type(model).__name__} has no {family.layers!r} where {family.name} models keep their layers")
 
 
-def is_parallel(model: nn.Module, family: Family) -> bool:
-    """Whether attention and MLP read the same stream, so that no resid_mid exists."""
-    return family.name == "phi" or (family.name == "gpt_neox" and bool(model.config.use_parallel_residual))
+def why_no_middle(model: nn.Module, family: Family) -> str:
+    """Why this model has no resid_mid; "" if it has one."""
+    if family.name == "phi" or (family.name == "gpt_neox" and config_of(model).use_parallel_residual):
+        return "attention and MLP of this model run in parallel, so no stream lies between them"
+    if family.name == "opt" and not config_of(model).do_layer_norm_before:
+        return "this model normalises the stream itself after attention (do_layer_norm_before=False), so no module reads the sum"
+    return ""

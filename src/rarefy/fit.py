@@ -258,10 +258,12 @@ def _meta(learners: list[_Learner], stream: Stream, recipe: Recipe) -> dict[str,
     }
 
 
-def _resume(run: Path, learners: list[_Learner], meta: dict[str, Any]) -> int:
+def _resume(run: Path, learners: list[_Learner], meta: dict[str, Any], on_log: Log | None) -> int:
     checkpoint = load_checkpoint(run / "checkpoints")
     if checkpoint is None:
         return 0
+    if checkpoint.skipped and on_log:
+        on_log({"step": checkpoint.step, "skipped": checkpoint.skipped})
     different = diff_meta(checkpoint.meta["made"], meta)
     if different:
         raise BadInput(f"{run} was begun with other settings: {'; '.join(different)}; use another folder, or the same settings")
@@ -294,7 +296,7 @@ def train(
         raise BadInput("the plan is empty: give at least one method to train")
     learners = [_Learner(name, method, recipe) for name, method in plan.items()]
     meta = _meta(learners, stream, recipe)
-    start = _resume(run, learners, meta) if run and resume else 0
+    start = _resume(run, learners, meta, on_log) if run and resume else 0
     if run and not start and load_checkpoint(run / "checkpoints") is not None:
         raise BadInput(f"{run} already holds a training run; resume it or use another folder")
     if run and start:

@@ -99,10 +99,11 @@ class LiveStream:
         self.model, self.site, self.target, self.windows_NT = model, site, target or site, windows_NT
         self.size, self.seed, self.skip, self.at_once = positive("size", size), seed, skip, at_once
         self.buffer = min(positive("buffer", buffer), len(windows_NT))
-        rows = self.buffer * (windows_NT.shape[1] - skip)
-        if size > rows:
-            raise BadInput(f"a batch of {size} rows is larger than the buffer of {rows}; lower it or give more text")
-        self.a_buffer = rows // size
+        self.rows = self.buffer * (windows_NT.shape[1] - skip)
+        """Rows of a buffer."""
+        if size > self.rows:
+            raise BadInput(f"a batch of {size} rows is larger than the buffer of {self.rows}; lower it or give more text")
+        self.a_buffer = self.rows // size
         digest = hashlib.blake2b(windows_NT.numpy().tobytes(), digest_size=16).hexdigest()
         self.made_from = {"site": site, "target": self.target, "tokens": digest, "buffer": self.buffer, "size": size,
                           "seed": seed, "skip": skip}

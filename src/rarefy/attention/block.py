@@ -16,6 +16,16 @@ from ..method import Sparse, fraction, positive
 from ..selection import Selection, check_finite
 
 
+def highest(score: Tensor, keep: Tensor) -> Tensor:
+    """[..., N] bool: the `keep` [..., 1] highest scores of each row, of equal ones those with the lower index."""
+    if not score.numel():
+        return torch.zeros_like(score, dtype=torch.bool)
+    order = score.topk(int(keep.max()), dim=-1).values
+    least = order.gather(-1, (keep - 1).expand(*score.shape[:-1], 1))
+    above, level = score > least, score == least
+    return above | level & (level.cumsum(-1) <= keep - above.sum(-1, keepdim=True))
+
+
 class BlockAttention(Sparse):
     """softmax attention over chosen key blocks.
 
@@ -72,14 +82,17 @@ class BlockAttention(Sparse):
             visible_Q = torch.full_like(own_Q, N)
         # Python's round, for exactly the count that `budget` promises
         keep_Q = torch.tensor([max(1, round(self._budget * v)) for v in visible_Q.tolist()], device=score.device)
-        rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        chosen = rank < keep_Q[:, None]
-        return chosen & (score > -torch.inf) | (score == torch.inf)
+        return highest(score, keep_Q[:, None]) & (score > -torch.inf) | (score == torch.inf)
+
+    def _refuse(self, x: Tensor, what: str, where: str = "") -> None:
+        """check_finite, screened by a sum: a tenth of the time on a long cache, and no NaN or inf leaves a sum finite."""
+        if not x.detach().sum(dtype=torch.float32 if x.element_size() < 4 else x.dtype).isfinite():
+            check_finite(x, f"{what} of {self.name}{where}")
 
     def select(self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor | None = None) -> Selection:
         """Chosen key blocks of causal attention, mask form [B, H, Q, N]."""
-        check_finite(q_BHTD, f"queries of {self.name}")
-        check_finite(k_BGSD, f"keys of {self.name}")
+        self._refuse(q_BHTD, "queries")
+        self._refuse(k_BGSD, "keys")
         mask = self.choose(q_BHTD, k_BGSD, True)
         return Selection(mask.shape[-1], mask.to(q_BHTD.dtype), mask_=mask)
 
@@ -94,7 +107,7 @@ class BlockAttention(Sparse):
                 effect; padded queries give zeros.
         """
         for what, x in (("queries", q_BHTD), ("keys", k_BGSD), ("values", v_BGSD)):
-            check_finite(x, f"{what} of {self.name} in layer {layer}")
+            self._refuse(x, what, f" in layer {layer}")
         if q_BHTD.shape[1] % k_BGSD.shape[1]:
             raise BadInput(f"{q_BHTD.shape[1]} query heads are no multiple of {k_BGSD.shape[1]} key heads")
         if padding_BS is None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..kernels.block_attention import blocks_of
+from ..kernels.block_attention import available, blocks_of, page_scores
 from .block import BlockAttention
 
 
@@ -35,7 +35,9 @@ class Quest(BlockAttention):
     name = "attention/quest"
 
     def scores(self, q_BHTD: Tensor, k_BGSD: Tensor, rows: int, causal: bool) -> Tensor:
-        """sum_d max(q_d m_d, q_d M_d) as two products: relu(q) . M - relu(-q) . m."""
+        """sum_d max(q_d m_d, q_d M_d); in prefill as two products: relu(q) . M - relu(-q) . m."""
+        if q_BHTD.shape[2] == 1 and available(q_BHTD, k_BGSD):
+            return page_scores(q_BHTD, k_BGSD, self.block)
         low, high = page_bounds(k_BGSD, self.block)
         share = q_BHTD.shape[1] // k_BGSD.shape[1]
         low, high = low.repeat_interleave(share, 1), high.repeat_interleave(share, 1)

@@ -44,9 +44,17 @@ class WindowSinks(BlockAttention):
             return window(self.window) | sinks(self.sinks)
         return Pattern(f"window({self._budget:g} of what is seen) | sinks({self.sinks})", self._share)
 
-    def _share(self, q: Tensor, k: Tensor) -> Tensor:
-        keep = torch.round(self._budget * (q + 1).double()).clamp_min(1).long()
+    def _lengths(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        """(first keys, window with the own key) of queries at these positions."""
+        if self.window:
+            return torch.full_like(at, self.sinks), torch.full_like(at, self.window)
+        keep = torch.round(self._budget * (at + 1).double()).clamp_min(1).long()
         first = keep.clamp_max(self.sinks + 1) - 1               # the query's own key comes before the sinks
+        return first, keep - first
+
+    def _share(self, q: Tensor, k: Tensor) -> Tensor:
+        first, length = self._lengths(q)
+        keep = first + length
         return (k < first) | (q - k < keep - first)
 
     def allowed(self) -> Allowed:
@@ -55,21 +63,30 @@ class WindowSinks(BlockAttention):
 
     def choose(self, q_BHTD: Tensor, k_BGSD: Tensor, causal: bool) -> Tensor:
         """Blocks in which some key is allowed; independent of what queries and keys say."""
-        T, S = q_BHTD.shape[2], k_BGSD.shape[2]
-        rows = self._rows(T)
-        at_T = torch.arange(S - T, S, device=q_BHTD.device)
-        mask_TS = self.pattern.allowed(at_T[:, None], torch.arange(S, device=q_BHTD.device))
-        if causal:
-            mask_TS = mask_TS & (torch.arange(S, device=q_BHTD.device) <= at_T[:, None])
+        T, S, rows = q_BHTD.shape[2], k_BGSD.shape[2], self._rows(q_BHTD.shape[2])
+        if not causal:
+            out = self.pattern.compile(T, S, size=self.block, query_block=rows, causal=False).to(q_BHTD.device)
+            return out.expand(*q_BHTD.shape[:2], *out.shape)
         Q, N = blocks_of(T, S, self.block, rows)
-        out = torch.zeros(Q, N, dtype=torch.bool, device=q_BHTD.device)
-        at = mask_TS.nonzero()
-        out[(at[:, 0] + S - T) // rows - (S - T) // rows, at[:, 1] // self.block] = True
+        at_T = torch.arange(S - T, S, device=q_BHTD.device)
+        row_T = at_T // rows - (S - T) // rows
+        first_T, window_T = self._lengths(at_T)
+        # Two runs of blocks a query, [0, first) and (p - window, p]: +1 where one starts, -1 behind its end, then a running sum.
+        change_QN = torch.zeros(Q, N + 1, dtype=torch.int32, device=q_BHTD.device)
+        one_T = torch.ones_like(at_T, dtype=torch.int32)
+        for start_T, stop_T in ((torch.zeros_like(at_T), first_T.minimum(at_T + 1)), ((at_T + 1 - window_T).clamp_min(0), at_T + 1)):
+            change_QN.index_put_((row_T, start_T // self.block), one_T * (stop_T > start_T), accumulate=True)
+            change_QN.index_put_((row_T, (stop_T - 1) // self.block + 1), -one_T * (stop_T > start_T), accumulate=True)
+        out = change_QN[:, :N].cumsum(1) > 0
         return out.expand(*q_BHTD.shape[:2], Q, N)
 
     def _count(self, mask_BHQN: Tensor, T: int, S: int, causal: bool) -> None:
-        at_T = torch.arange(S - T, S, device=mask_BHQN.device)
-        at_S = torch.arange(S, device=mask_BHQN.device)
-        seen = (at_S <= at_T[:, None]) if causal else torch.ones(T, S, dtype=torch.bool, device=mask_BHQN.device)
-        self._kept += float((self.pattern.allowed(at_T[:, None], at_S) & seen).sum())
-        self._seen += float(seen.sum())
+        every = mask_BHQN.shape[0] * mask_BHQN.shape[1]
+        if not causal:
+            self._kept += every * float(self.pattern.mask(T, S, causal=False).sum())
+            self._seen += every * float(T * S)
+            return
+        at_T = torch.arange(S - T, S)
+        first_T, window_T = self._lengths(at_T)
+        self._kept += every * float((first_T + window_T).minimum(at_T + 1).sum())
+        self._seen += every * float((at_T + 1).sum())

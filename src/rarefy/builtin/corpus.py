@@ -183,11 +183,16 @@ def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]
 
 def pack(
     docs: Iterable[Document], tokenizer: Any, context: int, batch: int = 8, *, max_tokens: int | None = None,
+    each: int | None = None,
 ) -> Iterator[Batch]:
     """Documents one after another in windows of `context` tokens, each begun by the tokenizer's bos (or eos) token.
 
     A window may hold the end of one document and the start of the next: `doc` says which is which. The last window
     is dropped unless full.
+
+    Args:
+        each: most tokens taken of one document, from a place that its name decides, so that few tokens can still come
+            from many documents.
 
     Raises:
         BadInput: the text is shorter than one context.
@@ -201,6 +206,9 @@ def pack(
     limit = None if max_tokens is None else max(1, max_tokens // context)
     for number, document in enumerate(docs):
         some, offsets = _encode(tokenizer, document.text)
+        if each is not None and len(some) > each:
+            at = int.from_bytes(hashlib.sha256(document.name.encode()).digest()[:4], "big") % (len(some) - each)
+            some, offsets = some[at : at + each], offsets[at : at + each]
         if start is not None:
             some, offsets = [start, *some], [(0, 0), *offsets]
         ids += some

@@ -72,7 +72,7 @@ def saved_plan(run: Path) -> dict[str, Sparse]:
     folder = run / "methods"
     if not folder.is_dir():
         raise BadInput(f"{run} holds no fitted method; make one with `rarefy fit ... --out {run}`")
-    return {p.name.replace("__", "/"): load(p) for p in sorted(folder.iterdir()) if (p / "method.json").exists()}
+    return {p.name.replace("__", "/"): load(p) for p in sorted(folder.iterdir()) if not p.name.startswith(".") and (p / "method.json").exists()}
 
 
 def fit(request: FitRequest, *, screen: Screen) -> FitResult:
@@ -118,15 +118,15 @@ def _stream(request: FitRequest, site: str, opened: Opened, text: Text, screen: 
     made = {"model": opened.card(), "site": site, "data": request.data, "tokens": request.tokens, "context": request.context}
     folder = request.out / "activations" / store_name(made)
     source = LiveStream(opened.model, site, ids_NT, request.batch, seed=request.seed)
-    wanted = len(ids_NT) * (ids_NT.shape[1] - 1)
-    with screen.stage("write activations") as update:
-        rows = len(ActivationStore(folder)) if folder.exists() else 0
-        if rows < wanted - wanted % request.batch:
-            with ActivationWriter(folder, d=opened.model.config.hidden_size, dtype="float32", made_from=made) as writer:
-                for number in range(max(1, len(ids_NT) // source.buffer)):
-                    writer.append(source.fill(number)[0])
-                    update(f"{(number + 1) * source.a_buffer * request.batch:,} rows")
-    return StoreStream(ActivationStore(folder), request.batch, seed=request.seed)
+    buffers = max(1, len(ids_NT) // source.buffer)
+    with screen.stage("write activations") as update, ActivationWriter(folder, d=source.fill(0)[0].shape[1], dtype="float32", made_from=made) as writer:
+        there = writer.rows                                # an interrupted write goes on after what it acknowledged
+        for number in range(buffers):
+            rows_ND = source.fill(number)[0] if there < (number + 1) * source.rows else None
+            if rows_ND is not None:
+                writer.append(rows_ND[max(0, there - number * source.rows) :])
+            update(f"{writer.rows:,} rows")
+    return StoreStream(ActivationStore(folder, made_from=made), request.batch, seed=request.seed)
 
 
 def _dictionaries(
@@ -149,7 +149,7 @@ def _dictionaries(
     if trained:
         with screen.stage(f"train {', '.join(trained)} at {site}") as update:
             def on_log(record: dict[str, Any]) -> None:
-                last.update(record)
+                last.update(record if "methods" in record else {})
                 update(progress(record))
 
             train(trained, stream, recipe, request.out, on_log=on_log)
@@ -162,6 +162,8 @@ def _dictionaries(
 
 def progress(record: dict[str, Any]) -> str:
     """A training record as one short line."""
+    if "skipped" in record:
+        return f"went back to step {record['step']}: damaged {', '.join(map(str, record['skipped']))}"
     parts = [f"step {record['step']}/{record['of']}", f"{record['rows_per_s']:,.0f} tokens/s"]
     for name, values in record["methods"].items():
         shown = {k: v for k, v in values.items() if k in ("loss", "fvu", "l0", "dead")}

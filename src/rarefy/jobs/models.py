@@ -75,7 +75,8 @@ def read_text(spec: str, opened: Opened, *, context: int, fit_tokens: int, judge
         fit_docs, judge_docs = both[middle:], both[:middle]
     judge_docs = _mixed(judge_docs)
     fit = list(pack(_mixed(fit_docs), opened.tokenizer, context, batch, max_tokens=fit_tokens or None))
-    judge = list(pack(judge_docs, opened.tokenizer, context, batch, max_tokens=judge_tokens or None))
+    each = max(context // 2, 2 * judge_tokens // len(judge_docs)) if judge_tokens else None
+    judge = list(pack(judge_docs, opened.tokenizer, context, batch, max_tokens=judge_tokens or None, each=each))
     read = 1 + max(int(b.doc.max()) for b in judge)
     return Text(fit, judge, [d.name for d in fit_docs], judge_docs[:read])
 

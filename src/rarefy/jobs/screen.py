@@ -26,7 +26,8 @@ class Screen:
         if self._console is None:
             from rich.console import Console
 
-            self._console = Console(highlight=False, quiet=self.quiet, soft_wrap=not self.live)
+            wide = {} if self.live else {"width": 150}          # a pipe has no edge to wrap at
+            self._console = Console(highlight=False, quiet=self.quiet, **wide)
         return self._console
 
     def say(self, text: str) -> None:
@@ -66,7 +67,7 @@ class Screen:
 
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
         for i, column in enumerate(columns):
-            table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+            table.add_column(column, justify="left" if i == 0 else "right")
         for row in rows:
             table.add_row(*row)
         self.console.print(table)
@@ -83,4 +84,4 @@ def points_table(screen: Screen, title: str, points: Sequence[Any], extra: Seque
             f"{ce.mean:+.4f} [{ce.low:+.4f}, {ce.high:+.4f}]" if ce else "-", f"{kl.mean:.4f}" if kl else "-",
             f"{top1.mean:.1%}" if top1 else "-", *(f"{p.metrics[m].mean:.4g}" if m in p.metrics else "-" for m in extra),
         ])
-    screen.table(title, ["method", "budget", "density", "CE increase (nats) [95 %]", "KL", "top-1", *extra], rows)
+    screen.table(title, ["method", "budget", "density", "CE increase [95 %]", "KL", "top-1", *extra], rows)

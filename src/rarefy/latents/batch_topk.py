@@ -53,6 +53,7 @@ class BatchTopK(TopK):
 
     def loss(self, x: Tensor, y: Tensor) -> Loss:
         """mse + aux, as TopK; moves the threshold."""
+        self.check_rows(x, y)
         chosen = self.select(x)
         y_hat = self.decode(chosen)
         mse = self.error(y_hat, y)

@@ -69,6 +69,10 @@ class Dictionary(Sparse):
 
     def decode(self, selection: Selection) -> Tensor:
         """[..., E] in the output's units; work in proportion to what is selected."""
+        return self.in_units(self.combine(selection) + self.b_dec_D)
+
+    def combine(self, selection: Selection) -> Tensor:
+        """[..., E] weighted sum of the selected decoder rows, without b_dec, in the dictionary's units."""
         lead = selection.weight.shape[:-1]
         if selection.index is not None:
             routes = Routes.from_index(selection.index.reshape(-1, selection.index.shape[-1]), self.width)
@@ -76,8 +80,7 @@ class Dictionary(Sparse):
         else:
             mask_NF = selection.mask.reshape(-1, self.width)
             routes, value_M = Routes.from_mask(mask_NF), selection.weight.reshape(-1, self.width)[mask_NF]
-        out = sparse_decode(value_M, routes, self.W_dec_FD).view(*lead, self.d_out)
-        return self.in_units(out + self.b_dec_D)
+        return sparse_decode(value_M, routes, self.W_dec_FD).view(*lead, self.d_out)
 
     def in_units(self, y: Tensor) -> Tensor:
         """From the dictionary's units to the output's."""
@@ -91,6 +94,12 @@ class Dictionary(Sparse):
     def reference(self, x: Tensor) -> Tensor:
         """The same with every latent multiplied out."""
         return self.in_units(self.select(x).dense @ self.W_dec_FD + self.b_dec_D)
+
+    def check_rows(self, x: Tensor, y: Tensor) -> None:
+        """Raise BadInput if training rows hold NaN or inf, before any counter moves."""
+        check_finite(x, f"input of {self.name}")
+        if y is not x:
+            check_finite(y, f"target of {self.name}")
 
     def error(self, y_hat: Tensor, y: Tensor) -> Tensor:
         """Mean squared error a channel, in scaled units (about 1 for a dictionary that gives the mean)."""

@@ -54,6 +54,7 @@ class JumpReLU(Dictionary):
 
     def loss(self, x: Tensor, y: Tensor) -> Loss:
         """mse + l0."""
+        self.check_rows(x, y)
         pre_BF, theta_F = self.pre_activations(x).relu(), self.log_theta_F.exp()
         f_BF = jump_relu(pre_BF, theta_F, self.bandwidth)
         y_hat = self.in_units(f_BF @ self.W_dec_FD + self.b_dec_D)

@@ -44,6 +44,7 @@ class ReLU(Dictionary):
 
     def loss(self, x: Tensor, y: Tensor) -> Loss:
         """mse + l1."""
+        self.check_rows(x, y)
         f_BF = self.pre_activations(x).relu()
         y_hat = self.in_units(f_BF @ self.W_dec_FD + self.b_dec_D)
         mse = self.error(y_hat, y)

@@ -7,7 +7,6 @@ Shape letters: B = rows, D = input width, E = output width, F = latents, K = kep
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -55,11 +54,12 @@ class TopK(Dictionary):
         pre_BG = linear(self.centred(x_BD), self.W_enc_FD[dead_G], self.b_enc_F[dead_G])
         top = pre_BG.topk(min(self.aux_k, len(dead_G)), dim=-1)
         selection = Selection(self.width, top.values.relu(), index=dead_G[top.indices])
-        e_hat_BE = self.decode(selection) - self.in_units(self.b_dec_D.detach())
+        e_hat_BE = self.in_units(self.combine(selection))
         return self.aux_alpha * self.error(e_hat_BE, error_BE)
 
     def loss(self, x: Tensor, y: Tensor) -> Loss:
         """mse + aux."""
+        self.check_rows(x, y)
         chosen = self.select(x)
         y_hat = self.decode(chosen)
         mse = self.error(y_hat, y)

@@ -13,6 +13,7 @@ import ast
 import builtins
 import io
 import keyword
+import re
 import tokenize
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,11 @@ from torch import Tensor
 from ..errors import BadInput
 
 Span = tuple[int, int]
-_KEYWORDS = ("def", "class", "return", "import", "from", "if", "else", "for", "in", "not", "raise", "try", "except", "with", "None", "is", "and", "or", "assert")
+_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")  # Python's line ends; str.splitlines also breaks at form feeds and others
+_KEYWORDS = (
+    "def", "class", "return", "import", "from", "if", "else", "for", "in", "not", "raise", "try", "except", "with", "None",
+    "is", "and", "or", "assert",
+)
 _PUNCTUATION = {
     "open paren": "(", "close paren": ")", "open square": "[", "close square": "]", "open brace": "{", "comma": ",", "colon": ":",
     "dot": ".", "assign": "=", "equals": "==",
@@ -52,7 +57,7 @@ class _Spans:
 
     def __init__(self, text: str) -> None:
         self.found: dict[str, list[Span]] = {name: [] for name in CONCEPTS}
-        self.lines = text.splitlines(keepends=True)
+        self.lines = _LINE.findall(text)
         self.starts = [0]
         for line in self.lines:
             self.starts.append(self.starts[-1] + len(line))
@@ -132,7 +137,8 @@ def _name(spans: _Spans, text: str, start: int, end: int) -> None:
         return
     bare = text.strip("_")
     kinds = {
-        "name": True, "self": text == "self", "builtin name": text in _BUILTINS, "exception name": text in _EXCEPTIONS or text.endswith(("Error", "Exception", "Warning")),
+        "name": True, "self": text == "self", "builtin name": text in _BUILTINS,
+        "exception name": text in _EXCEPTIONS or text.endswith(("Error", "Exception", "Warning")),
         "dunder name": text.startswith("__") and text.endswith("__"), "private name": text.startswith("_") and not text.startswith("__"),
         "UPPER_CASE name": len(bare) > 1 and bare.isupper(), "CamelCase name": bare[:1].isupper() and not bare.isupper() and "_" not in bare,
         "snake_case name": "_" in bare and bare.islower(),
@@ -308,6 +314,7 @@ class Best:
     concept: Tensor
     """Number of the concept; -1 for a latent that never fired where concepts are known."""
     threshold: Tensor
+    """Activation from which on the latent counts as predicting; 0: wherever it is active."""
     precision: Tensor
     recall: Tensor
     f1: Tensor
@@ -316,8 +323,8 @@ class Best:
 class ConceptScores:
     """Counts from which precision and recall of every latent for every concept follow, at several thresholds.
 
-    A latent predicts a concept where its activation reaches a threshold. Thresholds are octaves of activation, from
-    2^-4 to 2^(LEVELS - 5), so that one pass suffices. Memory is 2 * F * LEVELS * C counts.
+    A latent predicts a concept where its activation reaches a threshold. Thresholds are 0 (wherever it is active) and
+    octaves of activation, from 2^-3 to 2^(LEVELS - 5), so that one pass suffices. Memory is 2 * F * LEVELS * C counts.
     """
 
     LEVELS = 10
@@ -360,4 +367,5 @@ class ConceptScores:
         latent_F = torch.arange(self.width)
         held = [v[level_F, latent_F, concept_F] for v in self._f1(1)]
         none = top_F == 0
-        return Best(concept_F.masked_fill(none, -1), 2.0 ** (level_F - 4), *(v.masked_fill(none, 0) for v in (held[1], held[2], held[0])))
+        threshold_F = (2.0 ** (level_F - 4)).masked_fill(level_F == 0, 0)
+        return Best(concept_F.masked_fill(none, -1), threshold_F, *(v.masked_fill(none, 0) for v in (held[1], held[2], held[0])))

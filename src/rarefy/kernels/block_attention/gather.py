@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 CHUNK_BYTES = 8 << 20
 """Gathered keys of a chunk: small enough for the last-level cache, large enough to amortise a kernel launch."""
@@ -48,9 +48,11 @@ def _chunk(
     q_BHCRD: Tensor, k_XMD: Tensor, v_XMD: Tensor, mask_BHCN: Tensor, base_BH: Tensor, most: int, first: int, S: int,
     block: int, query_block: int, scale: float, causal: bool, allowed: Any,
 ) -> Tensor:
+    if not (mask_BHCN.stride(0) or mask_BHCN.stride(1)):
+        mask_BHCN = mask_BHCN[:1, :1]                # expanded: every head keeps the same, so one mask serves all
     chosen_BHCK, index_BHCK = mask_BHCN.to(torch.uint8).topk(most, -1)
     at = (base_BH[..., None, None] + index_BHCK).flatten()
-    shape = (*index_BHCK.shape[:3], most * block, -1)
+    shape = (*base_BH.shape, index_BHCK.shape[2], most * block, -1)
     k, v = k_XMD.index_select(0, at).view(shape), v_XMD.index_select(0, at).view(shape)
     within_M = torch.arange(block, device=at.device)
     key_BHCS = (index_BHCK[..., None] * block + within_M).flatten(-2)
@@ -62,7 +64,6 @@ def _chunk(
         mask = mask & (key_BHCS[..., None, :] <= query_CR[..., None])
     if allowed is not None:
         mask = mask & allowed(query_CR[..., None], key_BHCS[..., None, :])
-    score = (q_BHCRD @ k.mT) * scale
-    score = score.masked_fill(~mask, torch.finfo(score.dtype).min)
-    weight = score.float().softmax(-1).to(score.dtype) if score.dtype in (torch.bfloat16, torch.float16) else score.softmax(-1)
-    return torch.where(mask, weight, weight.new_zeros(())) @ v
+    # [B*H, C] as batch and heads; a query without keys comes out as zeros
+    out = scaled_dot_product_attention(q_BHCRD.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=mask.flatten(0, 1), scale=scale)
+    return out.view(q_BHCRD.shape)

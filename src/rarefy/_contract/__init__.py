@@ -1,0 +1,1 @@
+"""The laws behind rarefy.check_method, by subject."""
