@@ -56,16 +56,56 @@ def _padding(name: str, mask: Tensor | None, causal: bool, T: int, S: int) -> Te
     return None if bool(real_BS.all()) else real_BS
 
 
+class _Router:
+    """The attention function that transformers calls: modules of the plan go to their methods, others to dense."""
+
+    def __init__(self, methods: Mapping[int, tuple[str, Any]], before: Mapping[int, str]) -> None:
+        self.methods, self.before = methods, before
+        self._checked: tuple[Tensor | None, Tensor | None] = (None, None)
+        """The last mask and its real keys: every layer of a pass is given the same mask."""
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
+        scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        if id(module) not in self.methods:
+            return self._dense(module)(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+            )
+        name, method = self.methods[id(module)]
+        if dropout:
+            raise Unsupported(f"{name}: attention dropout is on; call model.eval() first")
+        if kwargs.get("sliding_window") or kwargs.get("softcap"):
+            raise Unsupported(f"{name}: sliding windows and capped logits are not served; leave this layer out")
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        if attention_mask is not None and self._checked[0] is not attention_mask:
+            self._checked = (attention_mask, _padding(name, attention_mask, causal, query.shape[2], key.shape[2]))
+        out_BHTD = method.attend(
+            query, key, value, scale=query.shape[-1] ** -0.5 if scaling is None else scaling, causal=causal,
+            padding_BS=None if attention_mask is None else self._checked[1], layer=getattr(module, "layer_idx", 0) or 0,
+        )
+        return out_BHTD.transpose(1, 2).contiguous(), None
+
+    def _dense(self, module: nn.Module) -> Any:
+        """transformers' sdpa attention, or an outer context's router: its plan still holds for what this one leaves alone."""
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        outer = self.before.get(id(module.config), "")
+        return ALL_ATTENTION_FUNCTIONS[outer] if outer in _names else sdpa_attention_forward
+
+
 @contextlib.contextmanager
 def attached(model: nn.Module, plan: Mapping[str, tuple[str, Any]]) -> Iterator[None]:
     """Route the attention modules of `plan` (module path -> (site name, method)) to their methods.
 
     Modules outside the plan run transformers' sdpa attention. Configs and registries are restored on the way out.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    if not (getattr(model, "_supports_sdpa", False) or getattr(model, "_supports_attention_backend", False)):
+        raise Unsupported(f"{type(model).__name__} does not take its attention from transformers' attention interface")
     methods: dict[int, tuple[str, Any]] = {}
     configs: dict[int, Any] = {id(model.config): model.config}
     for path, (name, method) in plan.items():
@@ -73,46 +113,10 @@ def attached(model: nn.Module, plan: Mapping[str, tuple[str, Any]]) -> Iterator[
         _refusals(name, module)
         methods[id(module)] = (name, method)
         configs[id(module.config)] = module.config
-    if not (getattr(model, "_supports_sdpa", False) or getattr(model, "_supports_attention_backend", False)):
-        raise Unsupported(f"{type(model).__name__} does not take its attention from transformers' attention interface")
-    checked: dict[int, tuple[Any, Tensor | None]] = {}
-
-    def run(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
-        scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        if id(module) not in methods:
-            # an outer context's plan still holds for the modules that this one leaves alone
-            outer = before.get(id(module.config), "")
-            dense = ALL_ATTENTION_FUNCTIONS[outer] if outer in _names else sdpa_attention_forward
-            return dense(
-                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
-            )
-        name, method = methods[id(module)]
-        if dropout:
-            raise Unsupported(f"{name}: attention dropout is on; call model.eval() first")
-        if kwargs.get("sliding_window") or kwargs.get("softcap"):
-            raise Unsupported(f"{name}: sliding windows and capped logits are not served; leave this layer out")
-        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        T, S = query.shape[2], key.shape[2]
-        if attention_mask is None:
-            real_BS = None
-        elif id(attention_mask) in checked and checked[id(attention_mask)][0] is attention_mask:
-            real_BS = checked[id(attention_mask)][1]
-        else:
-            real_BS = _padding(name, attention_mask, causal, T, S)
-            checked.clear()
-            checked[id(attention_mask)] = (attention_mask, real_BS)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out_BHTD = method.attend(
-            query, key, value, scale=scale, causal=causal, padding_BS=real_BS, layer=getattr(module, "layer_idx", 0) or 0
-        )
-        return out_BHTD.transpose(1, 2).contiguous(), None
-
     key = f"rarefy-{next(_numbers)}"
-    _names.add(key)
     before = {i: c._attn_implementation_internal for i, c in configs.items()}
-    ALL_ATTENTION_FUNCTIONS.register(key, run)
+    _names.add(key)
+    ALL_ATTENTION_FUNCTIONS.register(key, _Router(methods, before))
     ALL_MASK_ATTENTION_FUNCTIONS.register(key, sdpa_mask)
     try:
         for config in configs.values():

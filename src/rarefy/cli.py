@@ -66,7 +66,8 @@ def fit(
     as_json: AsJson = False,
 ) -> None:
     """Train or calibrate methods on a model's activations. A run found in OUT goes on where it stopped."""
-    from .jobs.fit import FitRequest, fit as run
+    from .jobs.fit import FitRequest
+    from .jobs.fit import fit as run
 
     request = FitRequest(
         methods=_names(methods), model=model, site=site, data=data, out=out, width=width, k=k, budget=budget, steps=steps,
@@ -105,7 +106,8 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Measure methods at several budgets: one frontier, kept in OUT; a sweep found there goes on."""
-    from .jobs.sweep import SweepRequest, sweep as run
+    from .jobs.sweep import SweepRequest
+    from .jobs.sweep import sweep as run
 
     request = SweepRequest(
         methods=_names(methods), model=model, budgets=_budgets(budget), site=site, data=data, out=out, context=context,
@@ -129,7 +131,8 @@ def apply_(
     as_json: AsJson = False,
 ) -> None:
     """Prune a model and save it as a folder that plain transformers loads."""
-    from .jobs.apply import ApplyRequest, apply as run
+    from .jobs.apply import ApplyRequest
+    from .jobs.apply import apply as run
 
     request = ApplyRequest(
         method=method, model=model, out=out, budget=budget, site=site, share=share, data=data, context=context,

@@ -273,6 +273,18 @@ def _resume(run: Path, learners: list[_Learner], meta: dict[str, Any], on_log: L
     return checkpoint.step
 
 
+def _begin(run: Path | None, learners: list[_Learner], meta: dict[str, Any], resume: bool, on_log: Log | None) -> int:
+    """Step to start at: 0, or that of the run's last checkpoint, which is taken up. Refuses a folder that holds another run."""
+    if run is None:
+        return 0
+    start = _resume(run, learners, meta, on_log) if resume else 0
+    if not start and load_checkpoint(run / "checkpoints") is not None:
+        raise BadInput(f"{run} already holds a training run; resume it or use another folder")
+    if start:
+        _forget_after(run / "log.jsonl", start)
+    return start
+
+
 def train(
     plan: Mapping[str, Sparse], stream: Stream, recipe: Recipe, run: Path | None = None, *, resume: bool = True,
     on_log: Log | None = None,
@@ -296,46 +308,48 @@ def train(
         raise BadInput("the plan is empty: give at least one method to train")
     learners = [_Learner(name, method, recipe) for name, method in plan.items()]
     meta = _meta(learners, stream, recipe)
-    start = _resume(run, learners, meta, on_log) if run and resume else 0
-    if run and not start and load_checkpoint(run / "checkpoints") is not None:
-        raise BadInput(f"{run} already holds a training run; resume it or use another folder")
-    if run and start:
-        _forget_after(run / "log.jsonl", start)
+    start = _begin(run, learners, meta, resume, on_log)
     for method in plan.values():
         method.train()
-    clock, rows = time.perf_counter(), 0
-
-    def keep(step: int) -> None:
-        if run and _world()[0] == 0:
-            tensors = {"rng/torch": torch.get_rng_state()}
-            for learner in learners:
-                tensors.update(learner.state())
-            save_checkpoint(run / "checkpoints", step, tensors, {"made": meta})
-
     with _signals() as seen:
-        for step, (x_BD, y_BE) in zip(range(start, recipe.steps), stream.batches(start), strict=False):
-            check_finite(x_BD, f"training rows of step {step}")
-            if step == 0:
-                for method in plan.values():
-                    if hasattr(method, "initialise"):
-                        method.initialise(x_BD)
-            x_BD, y_BE = _share(x_BD, y_BE)
-            record: dict[str, Any] = {"step": step + 1, "methods": {}}
-            for learner in learners:
-                record["methods"][learner.name] = learner.step(x_BD, y_BE, step)
-            rows += len(x_BD)
-            done = step + 1
-            if done % recipe.log_every == 0 or done == recipe.steps:
-                seconds = time.perf_counter() - clock
-                record |= {"seconds": round(seconds, 3), "rows_per_s": round(rows / seconds, 1), "of": recipe.steps}
-                _report(record, run, on_log)
-            if done % recipe.save_every == 0 or done == recipe.steps or seen:
-                keep(done)
-            if seen:
-                raise Halted(done, seen[0])
+        _steps(learners, stream, recipe, start, run, meta, seen, on_log)
     for method in plan.values():
         method.eval()
     return plan
+
+
+def _steps(
+    learners: list[_Learner], stream: Stream, recipe: Recipe, start: int, run: Path | None, meta: dict[str, Any], seen: list[int],
+    on_log: Log | None,
+) -> None:
+    clock, rows = time.perf_counter(), 0
+    for step, (x_BD, y_BE) in zip(range(start, recipe.steps), stream.batches(start), strict=False):
+        check_finite(x_BD, f"training rows of step {step}")
+        if step == 0:
+            for learner in learners:
+                learner.method.initialise(x_BD, y_BE)
+        x_BD, y_BE = _share(x_BD, y_BE)
+        record: dict[str, Any] = {"step": step + 1, "methods": {}}
+        for learner in learners:
+            record["methods"][learner.name] = learner.step(x_BD, y_BE, step)
+        rows += len(x_BD)
+        done = step + 1
+        if done % recipe.log_every == 0 or done == recipe.steps:
+            seconds = time.perf_counter() - clock
+            record |= {"seconds": round(seconds, 3), "rows_per_s": round(rows / seconds, 1), "of": recipe.steps}
+            _report(record, run, on_log)
+        if run and (done % recipe.save_every == 0 or done == recipe.steps or seen):
+            _keep(run, learners, meta, done)
+        if seen:
+            raise Halted(done, seen[0])
+
+
+def _keep(run: Path, learners: list[_Learner], meta: dict[str, Any], step: int) -> None:
+    if _world()[0] == 0:
+        tensors = {"rng/torch": torch.get_rng_state()}
+        for learner in learners:
+            tensors.update(learner.state())
+        save_checkpoint(run / "checkpoints", step, tensors, {"made": meta})
 
 
 def _share(x_BD: Tensor, y_BE: Tensor) -> Batch:

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from .cost import Cost
 from .errors import BadInput
+from .families import config_of
 from .fidelity import Interval, ratio_interval
 from .method import Sparse
 from .site import replaced
@@ -145,7 +146,7 @@ class Judge:
         sums = _Sums(self.documents)
         keeping: list[Tensor] | None = None
         if not compare:
-            size = self.tokens * self.model.config.vocab_size * 4
+            size = self.tokens * config_of(self.model).vocab_size * 4
             keeping = [] if size <= LOG_PROBS_KEPT else None
         for i, batch in enumerate(self.batches):
             dense_BTV = None

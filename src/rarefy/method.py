@@ -105,6 +105,9 @@ class Sparse(nn.Module):
         """End calibration: choose thresholds or masks from what was observed. Calling it twice changes nothing."""
         raise Unsupported(f"{self.name} is not calibrated")
 
+    def initialise(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Called once with the first rows, before any training or use: scales, centres, first directions. Default: nothing."""
+
     def loss(self, x: Tensor, y: Tensor) -> Loss:
         """Training: rows x in, rows y to reproduce (y is x for autoencoders)."""
         raise Unsupported(f"{self.name} is not trained")
@@ -123,6 +126,13 @@ def positive(name: str, value: int, most: int | None = None) -> int:
     """`value` if it is an integer in 1..most, else BadInput naming the argument, the value and the range."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (most is not None and value > most):
         raise BadInput(f"{name}={value!r} must be a whole number {'>= 1' if most is None else f'in 1..{most}'}")
+    return value
+
+
+def not_negative(name: str, value: float) -> float:
+    """`value` if it is a finite number >= 0, else BadInput naming the argument and the value."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise BadInput(f"{name}={value!r} must be a finite number >= 0")
     return value
 
 

@@ -145,7 +145,7 @@ def threshold(scores: Tensor, tau: Tensor | float) -> Selection:
 
 
 def top_p(scores: Tensor, p: float) -> Selection:
-    """Keep the fewest highest units whose share of the row's sum reaches p. Scores must be >= 0.
+    """Keep the fewest highest units whose share of the row's sum reaches p; all of them at p = 1. Scores must be >= 0.
 
     A row that sums to 0 keeps one unit. Used on attention probabilities (Lin et al. 2025, Twilight).
     """
@@ -155,9 +155,13 @@ def top_p(scores: Tensor, p: float) -> Selection:
     if (scores < 0).any():
         raise BadInput("top_p needs scores >= 0; take softmax or relu first")
     total = scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
-    sorted_scores, order = (scores / total).sort(-1, descending=True, stable=True)
+    sorted_scores, order = (scores / total).sort(dim=-1, descending=True, stable=True)
     before = sorted_scores.cumsum(-1) - sorted_scores
-    keep = (before < p) if p < 1 else torch.ones_like(before, dtype=torch.bool)
+    if p < 1:
+        keep = (before < p) & (sorted_scores > 0)
+        keep[..., 0] = True
+    else:
+        keep = torch.ones_like(before, dtype=torch.bool)
     return Selection(scores.shape[-1], scores, mask_=torch.zeros_like(keep).scatter(-1, order, keep))
 
 

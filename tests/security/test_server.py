@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import http.client
 import json
@@ -103,22 +104,20 @@ def live(tmp_path_factory):
 
 @pytest.mark.parametrize("path", TRAVERSAL)
 def test_traversal_is_404(live, path):
-    connection = http.client.HTTPConnection(live, timeout=10)
-    connection.putrequest(
-        "GET", path.encode("utf-8").decode("latin-1") if path.isascii() else "/%E2%80%A5/secret.txt", skip_host=True
-    )
-    connection.putheader("Host", live)
-    connection.endheaders()
-    reply = connection.getresponse()
-    body = reply.read()
+    with contextlib.closing(http.client.HTTPConnection(live, timeout=10)) as connection:
+        connection.putrequest("GET", path if path.isascii() else "/%E2%80%A5/secret.txt", skip_host=True)
+        connection.putheader("Host", live)
+        connection.endheaders()
+        reply = connection.getresponse()
+        body = reply.read()
     assert reply.status == 404 and b"canary" not in body and b"root:" not in body
 
 
 def test_live_server_is_on_this_machine_only(live):
     assert live.startswith("127.0.0.1:")
-    connection = http.client.HTTPConnection(live, timeout=10)
-    connection.request("GET", "/report.json")
-    assert json.loads(connection.getresponse().read()) == REPORT
+    with contextlib.closing(http.client.HTTPConnection(live, timeout=10)) as connection:
+        connection.request("GET", "/report.json")
+        assert json.loads(connection.getresponse().read()) == REPORT
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..catalogue import Entry, entry
 from ..errors import BadInput, Unsupported
+from ..families import config_of
 from ..method import Sparse
 from ..site import Site, sites
 
@@ -26,7 +27,7 @@ def check_names(names: list[str]) -> list[Entry]:
 
 def places(model: nn.Module, card: Entry, pattern: str) -> dict[str, Site]:
     """Sites that a pattern names, refusing those the method cannot serve."""
-    pattern = pattern or DEFAULT_SITES.get(card.unit, f"layers.{model.config.num_hidden_layers // 2}.resid_post")
+    pattern = pattern or DEFAULT_SITES.get(card.unit, f"layers.{config_of(model).num_hidden_layers // 2}.resid_post")
     found = sites(model, pattern)
     wanted = KINDS[card.unit]
     wrong = [s.name for s in found.values() if s.kind != wanted]

@@ -26,8 +26,8 @@ class Screen:
         if self._console is None:
             from rich.console import Console
 
-            wide = {} if self.live else {"width": 150}          # a pipe has no edge to wrap at
-            self._console = Console(highlight=False, quiet=self.quiet, **wide)
+            width = None if self.live else 150                  # a pipe has no edge to wrap at
+            self._console = Console(highlight=False, quiet=self.quiet, width=width)
         return self._console
 
     def say(self, text: str) -> None:

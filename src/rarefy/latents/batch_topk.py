@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import BadInput
 from ..method import Loss
 from ..selection import Selection, batch_top_k, check_finite, threshold
 from .dictionary import diagnostics
@@ -31,6 +32,8 @@ class BatchTopK(TopK):
         dead_after: int = 10_000_000, momentum: float = 0.99, seed: int = 0,
     ) -> None:
         super().__init__(d_in, width, k, d_out, aux_alpha, aux_k, dead_after, seed)
+        if not 0 <= momentum < 1:
+            raise BadInput(f"momentum={momentum} must be in [0, 1)")
         self.momentum = momentum
         self.register_buffer("tau", torch.zeros(()))
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))

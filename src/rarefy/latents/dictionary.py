@@ -47,12 +47,12 @@ class Dictionary(Sparse):
         self.register_buffer("idle_F", torch.zeros(width, dtype=torch.long))
 
     @torch.no_grad()
-    def initialise(self, x_BD: Tensor, y_BE: Tensor | None = None) -> None:
+    def initialise(self, x: Tensor, y: Tensor | None = None) -> None:
         """Set scale and b_dec from a first batch: b_dec to the mean, as every row's reconstruction starts there."""
-        y_BE = x_BD if y_BE is None else y_BE
-        self.scale.copy_(_scale(x_BD))
-        self.scale_out.copy_(_scale(y_BE))
-        self.b_dec_D.copy_(y_BE.float().mean(0) * self.scale_out)
+        y = x if y is None else y
+        self.scale.copy_(_scale(x))
+        self.scale_out.copy_(_scale(y))
+        self.b_dec_D.copy_(y.float().mean(0) * self.scale_out)
 
     def centred(self, x: Tensor) -> Tensor:
         """[..., D] in the dictionary's own units."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput
-from ..method import Loss
+from ..method import Loss, not_negative
 from ..selection import Selection, check_finite, threshold
 from ..surrogate import jump_relu, step
 from .dictionary import Dictionary, diagnostics
@@ -38,7 +38,8 @@ class JumpReLU(Dictionary):
         super().__init__(d_in, width, d_out, seed)
         if sparsity < 0 or target_l0 < 0 or warmup < 0 or theta <= 0 or bandwidth <= 0:
             raise BadInput(f"theta={theta} and bandwidth={bandwidth} must be > 0; sparsity={sparsity}, target_l0={target_l0}, warmup={warmup} >= 0")
-        self.sparsity, self.target_l0, self.bandwidth, self.warmup, self.dead_after = sparsity, target_l0, bandwidth, warmup, dead_after
+        self.sparsity, self.target_l0, self.bandwidth, self.warmup = sparsity, target_l0, bandwidth, warmup
+        self.dead_after = not_negative("dead_after", dead_after)
         self.log_theta_F = nn.Parameter(torch.full((width,), math.log(theta)))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 

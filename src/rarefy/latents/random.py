@@ -33,12 +33,12 @@ class RandomDictionary(Dictionary):
         return self.k / self.width
 
     @torch.no_grad()
-    def initialise(self, x_BD: Tensor, y_BE: Tensor | None = None) -> None:
+    def initialise(self, x: Tensor, y: Tensor | None = None) -> None:
         """Scale, centre and the common factor of the weights."""
-        super().initialise(x_BD)
+        super().initialise(x)
         self.factor.fill_(1.0)
-        part = self.decode(self.select(x_BD)) * self.scale - self.b_dec_D
-        self.factor.copy_((part * self.centred(x_BD)).sum() / part.pow(2).sum().clamp_min(1e-12))
+        part = self.decode(self.select(x)) * self.scale - self.b_dec_D
+        self.factor.copy_((part * self.centred(x)).sum() / part.pow(2).sum().clamp_min(1e-12))
 
     def select(self, x: Tensor) -> Selection:
         """The k largest inner products."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from ..method import Loss
+from ..method import Loss, not_negative
 from ..selection import Selection, check_finite, threshold
 from .dictionary import Dictionary, diagnostics
 
@@ -25,11 +25,13 @@ class ReLU(Dictionary):
 
     name = "latents/relu"
 
-    def __init__(self, d_in: int, width: int, d_out: int = 0, l1: float = 0.02, warmup: int = 100, dead_after: int = 1_000_000, seed: int = 0) -> None:
+    def __init__(
+        self, d_in: int, width: int, d_out: int = 0, l1: float = 0.02, warmup: int = 100, dead_after: int = 1_000_000, seed: int = 0,
+    ) -> None:
         super().__init__(d_in, width, d_out, seed)
         if l1 < 0 or warmup < 0:
             raise BadInput(f"l1={l1} and warmup={warmup} must be >= 0")
-        self.l1, self.warmup, self.dead_after = l1, warmup, dead_after
+        self.l1, self.warmup, self.dead_after = l1, warmup, not_negative("dead_after", dead_after)
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     @property

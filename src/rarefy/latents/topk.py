@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..kernels.sparse_encode import encode_top_k
-from ..method import Loss, positive
+from ..method import Loss, not_negative, positive
 from ..selection import Selection, check_finite
 from .dictionary import Dictionary, diagnostics
 
@@ -31,7 +31,9 @@ class TopK(Dictionary):
         dead_after: int = 10_000_000, seed: int = 0,
     ) -> None:
         super().__init__(d_in, width, d_out, seed)
-        self.k, self.aux_alpha, self.aux_k, self.dead_after = positive("k", k, width), aux_alpha, aux_k or d_in // 2, dead_after
+        self.k, self.aux_alpha = positive("k", k, width), not_negative("aux_alpha", aux_alpha)
+        self.aux_k = positive("aux_k", aux_k) if aux_k else max(1, d_in // 2)
+        self.dead_after = not_negative("dead_after", dead_after)
 
     @property
     def budget(self) -> float:

@@ -59,4 +59,4 @@ class _Decode(torch.autograd.Function):
 
 def sparse_decode(value_M: Tensor, routes: Routes, table_FD: Tensor) -> Tensor:
     """[N, D] = sum over each row's pairs of value_M * table_FD[unit], differentiable in values and table."""
-    return _Decode.apply(value_M, table_FD, routes)
+    return _Decode.apply(value_M.to(table_FD.dtype), table_FD, routes)      # autocast gives values in half precision
