@@ -19,9 +19,9 @@ METHOD_FILES = {entry.target.split(":")[0].replace(".", "/") + ".py" for entry i
 MAY_PRINT = ("cli.py", "ui/")
 
 PUBLIC = [
-    "BadInput", "Cost", "Damaged", "Frontier", "Loss", "Point", "RarefyError", "Selection", "Sparse", "Unsupported", "__version__",
-    "calibrate", "capture", "check_method", "documents", "load", "measure", "open_model", "pareto", "replaced", "save", "share", "sites",
-    "sweep", "timed", "train",
+    "BadInput", "Cost", "Damaged", "Frontier", "LiveStream", "Loss", "Point", "RarefyError", "Recipe", "Selection", "Sparse", "StoreStream",
+    "TensorStream", "Unsupported", "__version__", "calibrate", "capture", "check_method", "documents", "entry", "load", "measure",
+    "open_model", "pareto", "plan", "replaced", "save", "share", "sites", "sweep", "text", "timed", "train", "windows",
 ]
 
 

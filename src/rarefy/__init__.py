@@ -18,10 +18,12 @@ _HOME = {
     "load": "store.methods", "save": "store.methods",
     "sites": "site", "replaced": "site", "capture": "site",
     "open_model": "hub",
-    "calibrate": "fit", "train": "fit",
+    "entry": "catalogue", "plan": "jobs.build",
+    "calibrate": "fit", "train": "fit", "Recipe": "fit",
+    "LiveStream": "streams", "StoreStream": "streams", "TensorStream": "streams", "windows": "streams",
     "share": "budget",
     "measure": "frontier", "sweep": "frontier", "pareto": "frontier", "Point": "frontier", "Frontier": "frontier",
-    "documents": "builtin.corpus",
+    "documents": "builtin.corpus", "text": "builtin.corpus",
     "check_method": "contract",
 }
 __all__ = sorted([*_HOME, "__version__"])

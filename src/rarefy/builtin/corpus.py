@@ -232,3 +232,50 @@ def pack(
 def _stack(windows: list[tuple[Tensor, Tensor, Tensor]]) -> Batch:
     ids, owner, spans = zip(*windows, strict=True)
     return Batch(torch.stack(ids), torch.stack(owner), torch.stack(spans))
+
+
+@dataclass
+class Text:
+    """Packed text for fitting and for judging; no document is in both."""
+
+    fit: list[Batch]
+    judge: list[Batch]
+    fit_names: list[str]
+    judge_docs: list[Document]
+    """In the order of the batches' document numbers."""
+
+    @property
+    def judge_names(self) -> list[str]:
+        """Names of the documents judged on."""
+        return [d.name for d in self.judge_docs]
+
+
+def text(spec: str, tokenizer: Any, *, context: int = 512, fit_tokens: int = 400_000, judge_tokens: int = 20_000, batch: int = 8) -> Text:
+    """Documents of `spec`, split by name into text to fit on and text to judge on, packed into windows of `context` tokens.
+
+    Args:
+        spec: as for `documents`.
+        fit_tokens, judge_tokens: most tokens of each; 0 takes all. Those to judge on come from as many documents as they allow.
+        batch: windows a batch.
+
+    Raises:
+        BadInput: nothing to read, fewer than two documents, or text shorter than one context.
+    """
+    fit_docs, judge_docs = split(documents(spec), held_out=0.1)
+    if not judge_docs or not fit_docs:
+        both = [*fit_docs, *judge_docs]
+        if len(both) < 2:
+            raise BadInput(f"data {spec!r} holds {len(both)} document; at least two are needed, one to fit on and one to judge on")
+        middle = max(1, len(both) // 10)
+        fit_docs, judge_docs = both[middle:], both[:middle]
+    judge_docs = _mixed(judge_docs)
+    fit = list(pack(_mixed(fit_docs), tokenizer, context, batch, max_tokens=fit_tokens or None))
+    each = max(context // 2, 2 * judge_tokens // len(judge_docs)) if judge_tokens else None
+    judge = list(pack(judge_docs, tokenizer, context, batch, max_tokens=judge_tokens or None, each=each))
+    read = 1 + max(int(b.doc.max()) for b in judge)
+    return Text(fit, judge, [d.name for d in fit_docs], judge_docs[:read])
+
+
+def _mixed(docs: list[Document]) -> list[Document]:
+    """Documents in an order that does not follow their folders, so that the first ones are a fair sample."""
+    return sorted(docs, key=lambda d: hashlib.sha256(d.name.encode()).digest())

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import BadInput
 
 _FOLDER = Path(__file__).parent / "model_files"
+_RECALL = Path(__file__).parent / "recall_files"
 
 
 def builtin_folder() -> Path:
@@ -16,6 +17,15 @@ def builtin_folder() -> Path:
     if not (_FOLDER / "model.safetensors").exists():
         raise BadInput("the built-in model is missing from this installation; reinstall rarefy, or make it with scripts/train_builtin.py")
     return _FOLDER
+
+
+def recall_model() -> Any:
+    """The two-layer model of tasks/recall.py, trained by scripts/train_recall.py; float32, for evaluation."""
+    from transformers import LlamaForCausalLM
+
+    if not (_RECALL / "model.safetensors").exists():
+        raise BadInput("the recall model is missing from this installation; reinstall rarefy, or make it with scripts/train_recall.py")
+    return LlamaForCausalLM.from_pretrained(_RECALL, use_safetensors=True, local_files_only=True).eval()
 
 
 def card() -> dict[str, Any]:

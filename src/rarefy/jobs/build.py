@@ -53,6 +53,17 @@ def dictionary(card: Entry, d: int, *, width: int, k: int, seed: int, settings: 
     return cls(**_accepted(card, cls, {"d_in": d, "width": width, "k": k, "seed": seed, "d_out": d_out}, settings))
 
 
+def plan(name: str, model: nn.Module, budget: float = 0.5, site: str = "", **settings: Any) -> dict[str, Sparse]:
+    """Site -> method for a catalogue name, not fitted yet; what `calibrate`, `measure` and `replaced` take.
+
+    Args:
+        name: such as "weights/wanda", "neurons/wina" or "attention/quest"; dictionaries are made by their class.
+        budget: fraction of units kept. site: name or glob; default every site the method serves.
+        settings: the method's own arguments.
+    """
+    return make_plan(model, entry(name), site, budget, settings)
+
+
 def make_plan(model: nn.Module, card: Entry, pattern: str, budget: float, settings: Mapping[str, Any]) -> dict[str, Sparse]:
     """Site -> unfitted method at one budget, for weights, neurons and attention."""
     if not 0 < budget <= 1:

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..builtin.model import recall_model
 from ..catalogue import entry
 from ..fit import Recipe, train
 from ..frontier import Frontier, Judge, Point
 from ..frontier import sweep as measure_all
-from ..site import capture
+from ..site import capture, replaced
 from ..store.methods import save
 from ..store.run import Run
 from ..streams import TensorStream, windows
+from ..tasks.recall import FILLER, KEYS, VALUES, key_value, recall_accuracy
 from .build import dictionary
 from .dictionaries import ablate, describe, judge_dictionary
 from .fit import method_folder, progress
@@ -31,6 +33,8 @@ CONTEXT, FIT_TOKENS, JUDGE_TOKENS, CALIBRATION = 512, 420_000, 16_384, 8_192
 STEPS, RATE = 1_100, 1e-3
 WEIGHT_BUDGETS, NEURON_BUDGETS, KEY_BUDGETS = (0.4, 0.5, 0.7), (0.3, 0.5, 0.7), (0.1, 0.25, 0.5)
 CONCEPT_TOKENS = 120_000
+ATTENTION = ("attention/quest", "attention/window", "attention/random")
+PAIRS, GAP, SEQUENCES = 32, 128, 48
 
 
 @dataclass
@@ -53,7 +57,7 @@ class DemoResult:
         """Print the tables and where the page is."""
         screen = Screen()
         for unit, points in self.points.items():
-            extra = ("l0", "fvu", "loss_recovered", "dead") if unit == "latents" else ("recall",) if unit == "attention" else ()
+            extra = {"latents": ("l0", "fvu", "loss_recovered", "dead"), "recall": ("recall",)}.get(unit, ())
             points_table(screen, unit, points, extra)
             screen.say(self.verdicts[unit])
             screen.say("")
@@ -82,13 +86,14 @@ def demo(out: Path, *, steps: int, screen: Screen) -> DemoResult:
         fitter = Fitter(opened, calibration, "", {})
         points["weights"] = _sweep(judge, fitter, ("weights/wanda", "weights/magnitude", "weights/random"), WEIGHT_BUDGETS, screen)
         points["neurons"] = _sweep(judge, fitter, ("neurons/wina", "neurons/teal", "neurons/random"), NEURON_BUDGETS, screen)
-        points["attention"] = _attention(judge, fitter, screen)
+        points["attention"] = _sweep(judge, fitter, ATTENTION, KEY_BUDGETS, screen)
+        points["recall"] = _recall(screen)
         latents, concepts = _describe(opened, text, method, screen)
         verdicts = {unit: _verdict(unit, ps) for unit, ps in points.items()}
-        for ps in points.values():
-            Frontier(ps).save(out / "points.jsonl")
+        for unit, ps in points.items():
+            Frontier(ps).save(out / ("recall.jsonl" if unit == "recall" else "points.jsonl"))
         with screen.stage("write the page"):
-            units = [unit_panel(unit, ps, verdicts[unit]) for unit, ps in points.items()]
+            units = [_panel(unit, ps, verdicts[unit]) for unit, ps in points.items()]
             every = [p for ps in points.values() for p in ps]
             report = page(
                 "A small language model made sparse in four ways", opened, text, "the standard library of this Python", units, screen,
@@ -138,9 +143,50 @@ def _sweep(judge: Judge, fitter: Fitter, names: tuple[str, ...], budgets: tuple[
     return [judge.dense(frontier.points[0].unit), *frontier.points]
 
 
-def _attention(judge: Judge, fitter: Fitter, screen: Screen) -> list[Point]:
-    names = ("attention/quest", "attention/window", "attention/random")
-    return _sweep(judge, fitter, names, KEY_BUDGETS, screen)
+def _recall(screen: Screen) -> list[Point]:
+    """Recall of key-value pairs by a two-layer model that lives by it, with the keys each method leaves it."""
+    model = recall_model()
+    task = key_value(KEYS, VALUES, PAIRS, SEQUENCES, filler=FILLER, gap=GAP, seed=9)
+    points = [Point("dense", "key", "dense", 1.0, 1.0, {"recall": recall_accuracy(model, task)})]
+    with screen.stage(f"recall {PAIRS} pairs, at least {task.gap} tokens back") as update:
+        for name in ATTENTION:
+            card = entry(name)
+            for budget in KEY_BUDGETS:
+                method: Any = card.load()(budget=budget).eval()
+                with replaced(model, {"layers.*.attn": method}):
+                    kept = recall_accuracy(model, task)
+                role = "baseline" if card.baseline else "method"
+                points.append(Point(name, card.unit, role, budget, method.measured_density(), {"recall": kept}))
+                update(f"{name} at {budget:g}: {kept.mean:.1%} recalled; dense {points[0].metrics['recall'].mean:.1%}")
+    return points
+
+
+def _panel(unit: str, points: list[Point], said: str) -> dict[str, Any]:
+    if unit != "recall":
+        return unit_panel(unit, points, said) | {"headline": _headline(unit, points)}
+    panel = unit_panel("attention", points, said, y=("recall", "answers recalled", "high"))
+    question = f"Which keys must stay for a model to recall {PAIRS} pairs from at least {GAP} tokens back? (A two-layer model trained for that.)"
+    return panel | {"title": "Attention: recall", "question": question, "headline": _headline(unit, points)}
+
+
+def _headline(unit: str, points: list[Point]) -> str:
+    """The unit's result in one short sentence."""
+
+    def at(name: str, budget: float, metric: str) -> float:
+        return next(p.metrics[metric].mean for p in points if p.method == name and abs(p.budget - budget) < 1e-9)
+
+    if unit == "latents":
+        ours, random = (at(f"latents/{name}", K / WIDTH, "loss_recovered") for name in ("topk", "random"))
+        return f"{K} of {WIDTH:,} latents recover {ours:.1%} of the loss; random directions {random:.1%}."
+    if unit == "weights":
+        ours, plain = (at(f"weights/{name}", 0.5, "ce_increase") for name in ("wanda", "magnitude"))
+        return f"Half the weights: {ours:+.3f} nats by Wanda, {plain:+.3f} by magnitude."
+    if unit == "neurons":
+        ours, plain = (at(f"neurons/{name}", 0.5, "ce_increase") for name in ("wina", "teal"))
+        return f"Half of every layer's inputs: {ours:+.3f} nats by WINA, {plain:+.3f} by TEAL."
+    metric, form = ("recall", "{:.1%} recalled") if unit == "recall" else ("ce_increase", "{:+.3f} nats")
+    ours, plain = (form.format(at(f"attention/{name}", 0.25, metric)) for name in ("quest", "window"))
+    return f"A quarter of the keys: {ours} by page bounds, {plain} by window + sinks."
 
 
 def _describe(opened: Opened, text: Text, method: Any, screen: Screen) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -169,6 +215,10 @@ class _Reader:
 
 
 def _verdict(unit: str, points: list[Point]) -> str:
+    if unit == "recall":
+        dense = points[0].metrics["recall"].mean
+        kept = [f"at {b:.0%} kept " + ", ".join(f"{p.method} {p.metrics['recall'].mean:.1%}" for p in points if p.budget == b) for b in KEY_BUDGETS]
+        return f"Dense recalls {dense:.1%}; {'; '.join(kept)}."
     if unit != "latents":
         return verdict(points)
     at = {p.method: p for p in points if round(p.metrics["l0"].mean if "l0" in p.metrics else -1) == K}

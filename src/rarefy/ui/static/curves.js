@@ -13,7 +13,7 @@ function smallChart(name, curves, width) {
   let [x0, x1, y0, y1] = [Infinity, -Infinity, Infinity, -Infinity];
   for (const [s, v] of all) { x0 = Math.min(x0, s); x1 = Math.max(x1, s); y0 = Math.min(y0, v); y1 = Math.max(y1, v); }
   const log = y0 > 0 && y1 / y0 > 30;
-  if (!log) { if (y0 > 0 && y0 < 0.4 * y1) y0 = 0; y1 += (y1 - y0) * 0.05; }
+  if (!log) { if (y0 > 0 && y0 < 0.4 * y1) y0 = 0; y1 += (y1 - y0) * 0.05 || (y0 === 0 ? 1 : 0); }
   const x = makeScale("linear", [x0, x1], [box.left, width - box.right], { gap: 60 });
   const y = makeScale(log ? "log" : "linear", [y0, y1], [height - box.bottom, box.top], { gap: 32 });
   const cross = svg("line", { class: "cross", y1: box.top, y2: height - box.bottom, visibility: "hidden" });

@@ -37,7 +37,7 @@ function axes(unit, state, width, height, box) {
   const knee = Math.max(sizes[Math.floor(sizes.length / 4)] ?? 1, (sizes.at(-1) ?? 1) / 1000);
   const pad = (y1 - y0 || Math.abs(y1) || 1) * 0.06;
   if (state.log) { y0 = y0 < 0 ? y0 * 1.15 : y0 * 0.85 - knee * 0.15; y1 = y1 > 0 ? y1 * 1.15 : y1 * 0.85; } else { y0 -= pad; y1 += pad; }
-  const gutter = width > 620 ? box.label : 14;
+  const gutter = box.label && width > 620 ? box.label : 14;
   const x = makeScale(logX ? "log" : "linear", [x0, x1], [box.left + gutter, width - box.right - 18], { gap: 64 });
   const y = makeScale(state.log ? "asinh" : "linear", [y0, y1], [height - box.bottom, box.top], { knee, gap: 30 });
   return { x, y, drawn, dense, denseX };
@@ -113,10 +113,11 @@ function pointNode(p, [px, py], style, ax, state, front) {
   }, whisker, svg("circle", { class: "halo", cx: px, cy: py, r: 11 }), mark(style, px, py));
 }
 
-function chart(unit, state, width) {
-  const height = Math.round(Math.max(280, Math.min(430, width * 0.52)));
+// small: without names, for a row of charts.
+export function chart(unit, state, width, small = false) {
+  const height = small ? 180 : Math.round(Math.max(280, Math.min(430, width * 0.52)));
   const longest = Math.max(0, ...unit.points.map((p) => (p.role === "dense" ? 0 : p.method.length)));
-  const box = { left: 62, right: 12, top: 16, bottom: 44, floor: height - 48, label: Math.min(190, longest * 6.6 + 22) };
+  const box = small ? { left: 44, right: 4, top: 12, bottom: 24 } : { left: 62, right: 12, top: 16, bottom: 44, floor: height - 48, label: Math.min(190, longest * 6.6 + 22) };
   const ax = axes(unit, state, width, height, box);
   if (!ax.drawn.length) return h("p", { class: "wait" }, "No point has both quantities.");
   const side = state.y === unit.y.key ? unit.y.better : better(state.y);
@@ -125,19 +126,19 @@ function chart(unit, state, width) {
   const nodes = series.flatMap((s) => s.points.map((p, i) => pointNode(p, s.at[i], s.style, ax, state, front.has(p))));
   const denseY = ax.dense && ax.y(yOf(ax.dense, state.y).mean);
   if (ax.dense && known(ax.denseX) && ax.denseX <= ax.x.domain[1]) nodes.push(pointNode(ax.dense, [ax.x(ax.denseX), denseY], look("dense", "dense"), ax, state, false));
-  if (nodes.length) nodes[0].setAttribute("tabindex", "0");
+  if (nodes.length && !small) nodes[0].setAttribute("tabindex", "0");
   return svg("svg", {
     viewBox: `0 0 ${width} ${height}`, width, height, role: "group",
     "aria-label": `${metricName(state.y)} against ${metricName(state.x)}; arrow keys move between ${nodes.length} points`,
     onkeydown: (e) => roam(e, nodes),
   },
   grid(ax, state, width, height, box),
-  svg("text", { class: "axis-name", x: width - box.right, y: height - 6, "text-anchor": "end" }, (state.x === unit.x.key ? unit.x.label : metricName(state.x)) + " →"),
+  !small && svg("text", { class: "axis-name", x: width - box.right, y: height - 6, "text-anchor": "end" }, (state.x === unit.x.key ? unit.x.label : metricName(state.x)) + " →"),
   ax.dense && [svg("line", { class: "dense-line", x1: box.left, x2: width - box.right, y1: denseY, y2: denseY }),
     svg("text", { class: "label dense", x: box.left + 6, y: denseY - 5 }, "dense")],
   front.size > 1 && svg("path", { class: "front", d: line([...front].map((p) => [ax.x(xOf(p, state.x)), ax.y(yOf(p, state.y).mean)])) }),
   series.map((s) => s.at.length > 1 && svg("path", { class: `series ${s.style.tone} ${s.style.role}`, d: line(s.at) })),
-  nodes, width > 620 && placeLabels(series, box, denseY));
+  nodes, !small && width > 620 && placeLabels(series, box, denseY));
 }
 
 function roam(e, nodes) {
@@ -166,12 +167,21 @@ function chooser(label, options, value, onpick) {
   return h("label", { class: "choose" }, h("span", {}, label), pick);
 }
 
-export function frontierPanel(unit) {
+export function enrolPoints(unit) {
   for (const role of ["method", "baseline"]) enrol(unit.points.filter((p) => p.role === role).map((p) => p.method));
-  const metrics = [...new Set(unit.points.flatMap((p) => Object.keys(p.metrics ?? {})))];
-  const xs = ["density", "budget", ...SHARES.filter((k) => unit.points.some((p) => known(costShare(p, k))))];
+}
+
+// The axes a unit is first drawn on.
+export function startState(unit) {
   const sizes = unit.points.map((p) => Math.abs(p.metrics?.[unit.y.key]?.mean ?? 0)).filter((v) => v > 0);
-  const state = { x: unit.x.key, y: unit.y.key, log: Math.max(...sizes) / Math.min(...sizes) > 10 };
+  return { x: unit.x.key, y: unit.y.key, log: Math.max(...sizes) / Math.min(...sizes) > 10 };
+}
+
+export function frontierPanel(unit) {
+  enrolPoints(unit);
+  const metrics = [...new Set(unit.points.flatMap((p) => Object.keys(p.metrics ?? {})))];
+  const xs = [...new Set([unit.x.key, "density", "budget"]), ...SHARES.filter((k) => unit.points.some((p) => known(costShare(p, k))))];
+  const state = startState(unit);
   const plot = h("div", { class: "plot" }), drawer = h("div", { hidden: true });
   let last = 0;
   const draw = (width) => {

@@ -3,6 +3,7 @@ import { drawNow, h, table } from "./dom.js";
 import { bytes, num, seconds, times } from "./format.js";
 import { curvesPanel } from "./curves.js";
 import { frontierPanel } from "./frontier.js";
+import { glancePanel } from "./glance.js";
 import { latentsPanel } from "./latents.js";
 
 const TITLES = { latents: "Latents", weights: "Weights", neurons: "Neurons", attention: "Attention", tokens: "Tokens", experts: "Experts", memory: "Memory" };
@@ -60,9 +61,12 @@ function section(id, title, sub, ...body) {
 
 export function renderPage(report, root) {
   document.title = report.title;
-  const units = report.units.map((u, i) => section(`unit-${i}`, TITLES[u.unit] ?? u.unit, u.question, u.verdict && h("p", { class: "verdict" }, u.verdict), frontierPanel(u)));
+  const titles = report.units.map((u) => u.title ?? TITLES[u.unit] ?? u.unit);
+  const units = report.units.map((u, i) => section(`unit-${i}`, titles[i], u.question, u.verdict && h("p", { class: "verdict" }, u.verdict), frontierPanel(u)));
   const parts = [
-    ...units.map((node, i) => [node, TITLES[report.units[i].unit] ?? report.units[i].unit]),
+    units.length > 1 && [section("glance", "At a glance", "What is kept, left to right, against what it costs in quality; the dotted line is the dense model.",
+      glancePanel(report.units.map((u, i) => [u, units[i].id, titles[i]]))), "At a glance"],
+    ...units.map((node, i) => [node, titles[i]]),
     report.curves.length && [section("training", "Training", null, curvesPanel(report.curves)), "Training"],
     report.latents && [section("browser", "Latent browser", null, latentsPanel(report.latents)), "Latent browser"],
     report.costs.length && [section("cost", "Cost", "What each part reads and computes, next to the dense model.", costTable(report.costs)), "Cost"],
