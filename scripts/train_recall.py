@@ -25,7 +25,8 @@ def main() -> None:
     print(scores)
     assert min(scores.values()) >= 0.99, "a model that does not recall shows nothing about what sparsity loses"
     model.save_pretrained(args.out)
-    (args.out / "card.json").write_text(json.dumps({"accuracy": scores, "trained_on": "sequences made by rarefy.tasks.recall", "licence": "Apache-2.0"}, indent=1))
+    card = {"accuracy": scores, "trained_on": "sequences made by rarefy.tasks.recall", "licence": "Apache-2.0"}
+    (args.out / "card.json").write_text(json.dumps(card, indent=1))
 
 
 if __name__ == "__main__":

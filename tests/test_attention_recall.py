@@ -8,6 +8,7 @@ import torch
 from rarefy.attention.quest import Quest
 from rarefy.attention.random import RandomBlocks
 from rarefy.attention.window import WindowSinks
+from rarefy.builtin.model import recall_model
 from rarefy.errors import BadInput
 from rarefy.site import replaced
 from rarefy.tasks.recall import FILLER, KEYS, VALUES, Recall, key_value, needle, recall_accuracy, repeated, train_recall_model
@@ -90,13 +91,11 @@ def test_training_is_repeatable_and_leaves_the_random_state_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
 
 
-@pytest.mark.slow
-def test_pages_chosen_by_the_query_keep_recall_that_a_window_loses() -> None:
-    model = train_recall_model()
-    task = key_value(KEYS, VALUES, 32, 32, filler=FILLER, gap=128, seed=9)
+def check_what_sparsity_loses(model: torch.nn.Module, batch: int) -> None:
+    task = key_value(KEYS, VALUES, 32, batch, filler=FILLER, gap=128, seed=9)
     assert task.input_ids.shape[1] == 256
     assert recall_accuracy(model, task).mean >= 0.99
-    assert recall_accuracy(model, needle(KEYS, VALUES, FILLER, 256, 256, seed=9)).mean >= 0.99
+    assert recall_accuracy(model, needle(KEYS, VALUES, FILLER, 256, 8 * batch, seed=9)).mean >= 0.99
     kept = {}
     for cls in (Quest, WindowSinks, RandomBlocks):
         method = cls(budget=0.25, block=16)
@@ -105,3 +104,12 @@ def test_pages_chosen_by_the_query_keep_recall_that_a_window_loses() -> None:
         assert abs(method.measured_density() - 0.25) < 0.06
     assert kept["attention/quest"] > kept["attention/window"] + 0.3
     assert kept["attention/quest"] > kept["attention/random"] + 0.3
+
+
+def test_pages_chosen_by_the_query_keep_recall_that_a_window_loses() -> None:
+    check_what_sparsity_loses(recall_model(), 16)
+
+
+@pytest.mark.slow
+def test_the_recall_model_can_be_made_again() -> None:
+    check_what_sparsity_loses(train_recall_model(), 32)

@@ -26,7 +26,7 @@ _HOME = {
     "documents": "builtin.corpus", "text": "builtin.corpus",
     "check_method": "contract",
 }
-__all__ = sorted([*_HOME, "__version__"])
+__all__ = sorted([*_HOME, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,19 @@
 """What rarefy raises. Each message names the offending thing, what is allowed and what to try."""
 
 
+def printable(text: str) -> str:
+    """`text` as one line for a terminal: line ends, escape sequences and lone surrogates are written out.
+
+    File names, tensor names and tokens come from outside and may hold any of them.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class RarefyError(ValueError):
     """Base of every error that a user can cause or meet."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class BadInput(RarefyError):

@@ -1,31 +1,37 @@
-"""Fitting: `calibrate` passes data once through a model, `train` is the one training loop.
+"""Fitting: `calibrate` passes data through a model, layer after layer; `train` is the one training loop.
 
-Shape letters: B = rows of a batch, D = input width, E = output width.
+Shape letters: B = rows of a batch, D = input width, E = output width, T = tokens of a context.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from .errors import BadInput, Halted
-from .method import Sparse, positive
+from . import world
+from .errors import BadInput, Damaged, Halted
+from .learner import Learner, Recipe
+from .method import Sparse
+from .places import refuse_shared, sites_of
 from .selection import check_finite
-from .site import replaced, sites
+from .site import Site, replaced
+from .store.atomic import write_atomic
 from .store.checkpoint import diff_meta, load_checkpoint, save_checkpoint
-from .store.lines import append_line, read_lines
+from .store.lines import append_line, read_lines, to_lines
+from .store.lock import RunLock
 from .streams import Batch, Stream
+
+__all__ = ["Log", "Recipe", "calibrate", "train"]
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -33,16 +39,45 @@ Log = Callable[[dict[str, Any]], None]
 # ---------------------------------------------------------------------------------------------------- calibration
 
 
+class _Enough(Exception):
+    """Raised inside a forward pass once every site looked at was read."""
+
+
+def _places(model: nn.Module, names: list[str]) -> dict[str, Site]:
+    """Plan key -> the linear layer it names."""
+    found = {}
+    for name, there in zip(names, sites_of(model, names), strict=True):
+        site, *more = there.values()
+        if more or site.kind != "linear":
+            what = f"{len(there)} sites" if more else f"a {site.kind}"
+            raise BadInput(f"{name} names {what}; calibrate observes one linear layer a method, such as layers.0.up_proj")
+        found[name] = site
+    refuse_shared(model, found.values())
+    return found
+
+
+class _Pass:
+    """One forward pass of calibration: the positions [B, T] that count, or None for all, and the sites read so far."""
+
+    mask: Tensor | None
+    read: set[str]
+
+
 @contextlib.contextmanager
-def _observing(model: nn.Module, plan: Mapping[str, Sparse], names: Iterable[str]) -> Iterator[None]:
-    found = {name: sites(model, name)[name] for name in names}
+def _observing(model: nn.Module, plan: Mapping[str, Sparse], found: Mapping[str, Site], now: _Pass) -> Iterator[None]:
+    """Show methods what flows at their sites; the pass ends once all were read."""
     handles = []
     try:
         for name, site in found.items():
-            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any, name: str = name) -> None:
-                x = inputs[0].detach()
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+                x, y = inputs[0].detach(), output.detach()
                 check_finite(x, f"input of {name}")
-                plan[name].observe(x.flatten(0, -2), output.detach().flatten(0, -2))
+                x, y = (v.flatten(0, -2) if now.mask is None else v.reshape(*now.mask.shape, -1)[now.mask] for v in (x, y))
+                if len(x):
+                    plan[name].observe(x, y)
+                now.read.add(name)
+                if len(now.read) == len(found):
+                    raise _Enough
 
             handles.append(model.get_submodule(site.module_path).register_forward_hook(hook))
         yield
@@ -51,9 +86,10 @@ def _observing(model: nn.Module, plan: Mapping[str, Sparse], names: Iterable[str
             handle.remove()
 
 
-def _layer_of(name: str) -> int:
-    parts = name.split(".")
-    return int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else -1
+def _layer_of(site: Site) -> int:
+    """Number of the layer a module lies in."""
+    numbers = re.findall(r"\.(\d+)\.", f".{site.module_path}.")
+    return int(numbers[0]) if numbers else -1
 
 
 @torch.no_grad()
@@ -63,31 +99,41 @@ def calibrate(
 ) -> Mapping[str, Sparse]:
     """Show each calibrated method of `plan` its site's inputs and outputs, then let it finish.
 
+    Memory is that of the token ids and of the methods' own statistics: activations are not kept, but computed again from
+    the embedding for every layer, and only as deep as that layer.
+
     Args:
-        plan: linear site name -> method. Methods that need no calibration are left as they are.
-        batches: objects with `.input_ids` [B, T] and optionally `.attention_mask`; walked once a layer when
-            sequential, so a list or another re-iterable.
-        sequential: layer after layer, each seeing what the already fitted layers before it give (the order of the
-            Wanda and SparseGPT papers); otherwise one pass for all. Memory is that of the methods' own statistics.
+        plan: linear site name -> method. Methods that need no calibration are left as they are and stand in no pass.
+        batches: objects with `.input_ids` [B, T] and optionally `.attention_mask` [B, T], whose zeros mark padding that no
+            method is shown.
+        sequential: layer after layer, each seeing what the model gives with the methods of all layers before it already in
+            place (the order of the Wanda and SparseGPT papers); the layers of one number are observed together, before any
+            of them is replaced. Otherwise every site sees the dense model, in one pass.
 
     Raises:
-        BadInput: no data, or data with NaN, naming the site.
+        BadInput: no data, data with NaN, or a name that is not one linear layer; names the site.
     """
     wanted = [name for name, method in plan.items() if method.fitted == "calibrated"]
-    groups: dict[int, list[str]] = {}
-    for name in wanted:
-        groups.setdefault(_layer_of(name) if sequential else 0, []).append(name)
+    found = _places(model, wanted)
+    groups: dict[int, dict[str, Site]] = {}
+    for name, site in found.items():
+        groups.setdefault(_layer_of(site) if sequential else 0, {})[name] = site
     batches = batches if isinstance(batches, list) else list(batches)
     if wanted and not batches:
         raise BadInput("calibration data is empty; give --data text that holds at least one context")
+    more = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
     done: dict[str, Sparse] = {}
-    for group in sorted(groups):
-        with replaced(model, done) if done else contextlib.nullcontext(), _observing(model, plan, groups[group]):
+    now = _Pass()
+    for _, group in sorted(groups.items()):
+        with replaced(model, done), _observing(model, plan, group, now):
             for count, batch in enumerate(batches, 1):
-                model(input_ids=batch.input_ids, attention_mask=getattr(batch, "attention_mask", None), use_cache=False)
+                mask = getattr(batch, "attention_mask", None)
+                now.mask, now.read = (mask.bool() if mask is not None and mask.ndim == 2 else None), set()
+                with contextlib.suppress(_Enough):
+                    model(input_ids=batch.input_ids, attention_mask=mask, **more)
                 if on_progress:
-                    on_progress(groups[group][0], count)
-        for name in groups[group]:
+                    on_progress(next(iter(group)), count)
+        for name in group:
             plan[name].finish()
             done[name] = plan[name]
     return plan
@@ -96,282 +142,223 @@ def calibrate(
 # ------------------------------------------------------------------------------------------------------- training
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How to train; the same for every method of a plan. Saved with the run, and a resumed run must agree with it."""
-
-    steps: int
-    lr: float = 0.0
-    """Peak learning rate; 0 chooses 2e-4 / sqrt(width / 16384) for each method (Gao et al. 2024, appendix A.3)."""
-    warmup: int = 0
-    """Steps of linear rise from 0; 0 means steps // 20."""
-    decay: float = 0.3
-    """Last fraction of the steps over which the rate falls linearly to 0."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float = 1.0
-    """Largest norm of a method's gradient; 0 switches clipping off."""
-    accumulate: int = 1
-    """Pieces a batch is worked through in; the gradient is that of the whole batch."""
-    precision: str = "float32"
-    """float32, or bfloat16 autocast of the products."""
-    save_every: int = 500
-    log_every: int = 25
-
-    def check(self) -> Recipe:
-        """Raise BadInput if a field is out of range."""
-        for name in ("steps", "accumulate", "save_every", "log_every"):
-            positive(name, getattr(self, name))
-        if self.lr < 0 or not math.isfinite(self.lr):
-            raise BadInput(f"lr={self.lr} must be >= 0 (0 chooses one by width)")
-        if not 0 <= self.decay <= 1:
-            raise BadInput(f"decay={self.decay} must be in [0, 1]: the last fraction of the steps")
-        if not 0 <= self.warmup <= self.steps:
-            raise BadInput(f"warmup={self.warmup} must be in 0..{self.steps}, the steps")
-        if self.precision not in ("float32", "bfloat16"):
-            raise BadInput(f"precision={self.precision!r} must be float32 or bfloat16")
-        return self
-
-    def rate(self, step: int) -> float:
-        """Factor on the peak rate at a step."""
-        warmup = self.warmup or max(1, self.steps // 20)
-        rise = min(1.0, (step + 1) / warmup)
-        tail = self.steps * self.decay
-        return rise * (min(1.0, (self.steps - step) / tail) if tail else 1.0)
-
-
-def peak_rate(recipe: Recipe, method: Sparse) -> float:
-    """The recipe's rate, or the one its width calls for."""
-    width = method.arguments.get("width", 2**14)
-    return recipe.lr or 2e-4 * math.sqrt(2**14 / width)
-
-
-class _Learner:
-    """One method with its optimiser and what it logs."""
-
-    def __init__(self, name: str, method: Sparse, recipe: Recipe) -> None:
-        if method.fitted != "trained":
-            raise BadInput(f"{name}: {method.name or type(method).__name__} is not trained; use calibrate, or leave it out")
-        self.name, self.method, self.recipe = name, method, recipe
-        self.peak = peak_rate(recipe, method)
-        self.parameters = [p for p in method.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.Adam(self.parameters, lr=self.peak, betas=recipe.betas, fused=True)
-
-    def step(self, x_BD: Tensor, y_BE: Tensor, step: int) -> dict[str, float]:
-        """One optimiser step; returns the logged scalars. Raises BadInput on a loss or gradient that is not finite."""
-        self.optimiser.param_groups[0]["lr"] = self.peak * self.recipe.rate(step)
-        pieces = list(zip(x_BD.chunk(self.recipe.accumulate), y_BE.chunk(self.recipe.accumulate), strict=True))
-        logged: dict[str, float] = {}
-        for x, y in pieces:
-            share = len(x) / len(x_BD)
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
-                loss = self.method.loss(x, y)
-            (loss.total * share).backward()
-            for part, value in {"loss": loss.total, **loss.parts}.items():
-                logged[part] = logged.get(part, 0.0) + float(value.detach()) * share
-        _average_gradients(self.parameters)
-        self.method.before_step()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        if not (math.isfinite(logged["loss"]) and bool(torch.isfinite(norm))):
-            raise BadInput(
-                f"{self.name}: the loss became {logged['loss']} with gradient norm {float(norm)} at step {step}; training stops "
-                "and the last good checkpoint is kept: lower lr or look at the batch of that step"
-            )
-        if self.recipe.clip:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.recipe.clip, norm)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=False)
-        self.method.after_step(step)
-        _join_buffers(self.method)
-        return logged
-
-    def state(self) -> dict[str, Tensor]:
-        """Parameters, buffers and optimiser state as named tensors."""
-        out = {f"{self.name}/method/{k}": v for k, v in self.method.state_dict().items()}
-        for i, p in enumerate(self.parameters):
-            for k, v in self.optimiser.state.get(p, {}).items():
-                out[f"{self.name}/optimiser/{i}/{k}"] = v
-        return out
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """The reverse of `state`."""
-        mine = f"{self.name}/method/"
-        self.method.load_state_dict({k.removeprefix(mine): v for k, v in tensors.items() if k.startswith(mine)})
-        mine = f"{self.name}/optimiser/"
-        for key, value in tensors.items():
-            if key.startswith(mine):
-                i, field = key.removeprefix(mine).split("/")
-                self.optimiser.state[self.parameters[int(i)]][field] = value.clone()
-
-
-def _world() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-def _average_gradients(parameters: list[nn.Parameter]) -> None:
-    _, size = _world()
-    if size > 1:
-        for p in parameters:
-            grad = p.grad if p.grad is not None else torch.zeros_like(p)
-            dist.all_reduce(grad)
-            p.grad = grad.div_(size)
-
-
-def _join_buffers(method: Sparse) -> None:
-    """Make counters and thresholds of data-parallel copies agree: counts since last use by minimum, values by mean."""
-    _, size = _world()
-    if size > 1:
-        for buffer in method.buffers():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer.div_(size)
-            else:
-                dist.all_reduce(buffer, op=dist.ReduceOp.MIN)
-
-
-def _mine(rows: Tensor) -> Tensor:
-    rank, size = _world()
-    if len(rows) % size:
-        raise BadInput(f"a batch of {len(rows)} rows does not divide over {size} processes")
-    return rows.chunk(size)[rank]
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them; only the main thread may."""
-    seen: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield seen
-        return
-    old = {s: signal.signal(s, lambda signum, _: seen.append(signum)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield seen
-    finally:
-        for signum, handler in old.items():
-            signal.signal(signum, handler)
-
-
-def _meta(learners: list[_Learner], stream: Stream, recipe: Recipe) -> dict[str, Any]:
-    return {
-        "methods": {learner.name: {"method": learner.method.name, **learner.method.arguments} for learner in learners},
-        "recipe": {**asdict(recipe), "betas": list(recipe.betas)},
-        "data": stream.made_from,
-    }
-
-
-def _resume(run: Path, learners: list[_Learner], meta: dict[str, Any], on_log: Log | None) -> int:
-    checkpoint = load_checkpoint(run / "checkpoints")
-    if checkpoint is None:
-        return 0
-    if checkpoint.skipped and on_log:
-        on_log({"step": checkpoint.step, "skipped": checkpoint.skipped})
-    different = diff_meta(checkpoint.meta["made"], meta)
-    if different:
-        raise BadInput(f"{run} was begun with other settings: {'; '.join(different)}; use another folder, or the same settings")
-    for learner in learners:
-        learner.restore(checkpoint.tensors)
-    torch.set_rng_state(checkpoint.tensors["rng/torch"])
-    return checkpoint.step
-
-
-def _begin(run: Path | None, learners: list[_Learner], meta: dict[str, Any], resume: bool, on_log: Log | None) -> int:
-    """Step to start at: 0, or that of the run's last checkpoint, which is taken up. Refuses a folder that holds another run."""
-    if run is None:
-        return 0
-    start = _resume(run, learners, meta, on_log) if resume else 0
-    if not start and load_checkpoint(run / "checkpoints") is not None:
-        raise BadInput(f"{run} already holds a training run; resume it or use another folder")
-    if start:
-        _forget_after(run / "log.jsonl", start)
-    return start
-
-
 def train(
     plan: Mapping[str, Sparse], stream: Stream, recipe: Recipe, run: Path | None = None, *, resume: bool = True,
     on_log: Log | None = None,
 ) -> Mapping[str, Sparse]:
     """Train every method of `plan` on one stream of activations; the only training loop.
 
-    Each batch is read once and shown to every method. With a `run` folder, checkpoints are written every
-    `recipe.save_every` steps and at the end, the log goes to `run/log.jsonl`, and a run found there is taken up
-    bit-exactly where its last checkpoint stands. Under torch.distributed each process takes its share of every batch.
+    Each batch is read once and shown to every method, in that method's dtype and on its device. With a `run` folder,
+    which no other process may then write, checkpoints go to `run/checkpoints` every `recipe.save_every` steps and at the
+    end, the log to `run/log.jsonl`, and a run found there is taken up bit-exactly where its last checkpoint stands;
+    SIGINT and SIGTERM end it after the step at work with a checkpoint. Without a run folder signals do what they always do.
+
+    Under torch.distributed every process reads every batch and works on its share of the rows; the first one's methods
+    are the ones trained, and it alone writes. An end, an error or a signal of one process is that of all.
 
     Args:
-        plan: name -> method to train, on the device and in the dtype to train in.
-        on_log: called with each log record: step, seconds, rows a second, and per method loss and its parts.
+        plan: name -> method to train, on the device and in the dtype to train in. Back in eval mode afterwards.
+        resume: False refuses a folder that holds a run.
+        on_log: called in the first process with each log record: step, seconds, rows a second, and per method the loss
+            and its parts; and with {"step", "skipped"} when damaged checkpoints were passed over.
 
     Raises:
-        BadInput: settings out of range or other than those of the run found; NaN in data or loss, naming method and step.
+        BadInput: settings out of range or other than those of the run found; another process has the folder; the disk
+            refuses; NaN in data, loss or gradient, naming method, step and batch. No method has then taken that step.
         Halted: SIGINT or SIGTERM came; a checkpoint was written first.
     """
     recipe.check()
-    if not plan:
-        raise BadInput("the plan is empty: give at least one method to train")
-    learners = [_Learner(name, method, recipe) for name, method in plan.items()]
+    learners = _learners(plan, recipe)
     meta = _meta(learners, stream, recipe)
-    start = _begin(run, learners, meta, resume, on_log)
-    for method in plan.values():
-        method.train()
-    with _signals() as seen:
-        _steps(learners, stream, recipe, start, run, meta, seen, on_log)
-    for method in plan.values():
-        method.eval()
+    with contextlib.ExitStack() as held:
+        stop = held.enter_context(_signals()) if run else world.Stop()
+        with world.together():
+            if run and world.first():
+                held.enter_context(RunLock(run / "checkpoints"))
+        start = _begin(run, learners, meta, resume, on_log)
+        for method in plan.values():
+            method.train()
+            held.callback(method.eval)
+        _steps(learners, stream, recipe, start, run, meta, stop, on_log)
     return plan
 
 
+def _learners(plan: Mapping[str, Sparse], recipe: Recipe) -> list[Learner]:
+    if not plan:
+        raise BadInput("the plan is empty: give at least one method to train")
+    names: dict[int, str] = {}
+    for name, method in plan.items():
+        if names.setdefault(id(method), name) != name:
+            raise BadInput(f"{names[id(method)]} and {name} are the same method; give each name a method of its own")
+    return [Learner(name, method, recipe) for name, method in plan.items()]
+
+
+def _meta(learners: list[Learner], stream: Stream, recipe: Recipe) -> dict[str, Any]:
+    return {
+        "methods": {m.name: {"method": m.method.name, "dtype": str(m.dtype).removeprefix("torch."), **m.method.arguments} for m in learners},
+        "recipe": {**asdict(recipe), "betas": list(recipe.betas)},
+        "data": stream.made_from,
+    }
+
+
+def _begin(run: Path | None, learners: list[Learner], meta: dict[str, Any], resume: bool, on_log: Log | None) -> int:
+    """Step to start at: 0, or that of the run's last checkpoint, which is taken up. Refuses a folder that holds another run."""
+    if run is None:
+        return 0
+    with world.together():
+        found = load_checkpoint(run / "checkpoints")
+        if found and not resume:
+            raise BadInput(f"{run} already holds a training run; resume it or use another folder")
+        if found:
+            different = diff_meta(found.meta.get("made"), meta)
+            if different:
+                raise BadInput(f"{run} was begun with other settings: {'; '.join(different)}; use another folder, or the same settings")
+            for learner in learners:
+                learner.restore(found.tensors)
+            _restore_random(found.tensors)
+        start = found.step if found else 0
+        if world.first():
+            _forget_after(run / "log.jsonl", start)
+            if found and found.skipped and on_log:
+                on_log({"step": start, "skipped": found.skipped})
+    world.same("the step they start at", start)
+    return start
+
+
 def _steps(
-    learners: list[_Learner], stream: Stream, recipe: Recipe, start: int, run: Path | None, meta: dict[str, Any], seen: list[int],
+    learners: list[Learner], stream: Stream, recipe: Recipe, start: int, run: Path | None, meta: dict[str, Any], stop: world.Stop,
     on_log: Log | None,
 ) -> None:
-    clock, rows = time.perf_counter(), 0
-    for step, (x_BD, y_BE) in zip(range(start, recipe.steps), stream.batches(start), strict=False):
-        check_finite(x_BD, f"training rows of step {step}")
-        if step == 0:
+    if start >= recipe.steps:
+        return
+    batches = stream.batches(start)
+    with world.together():
+        first = _next(batches, start, recipe.steps)
+        world.mine(first[0])
+        if start == 0:
             for learner in learners:
-                learner.method.initialise(x_BD, y_BE)
-        x_BD, y_BE = _share(x_BD, y_BE)
-        record: dict[str, Any] = {"step": step + 1, "methods": {}}
+                learner.method.initialise(*_placed(first, learner, {}))
+    world.copy_from_first(t for learner in learners for t in learner.tensors())
+    clock, rows = time.perf_counter(), 0
+    for step in range(start, recipe.steps):
+        try:
+            with world.together(stop):
+                batch = first if step == start else _next(batches, step, recipe.steps)
+                share, placed = _share(batch), {}
+                for learner in learners:
+                    learner.gradient(*_placed(share, learner, placed), step)
+            for learner in learners:
+                learner.settle(step)
+        except BaseException:
+            for learner in learners:
+                learner.undo()
+            raise
         for learner in learners:
-            record["methods"][learner.name] = learner.step(x_BD, y_BE, step)
-        rows += len(x_BD)
-        done = step + 1
+            learner.step(step)
+        done, rows = step + 1, rows + len(batch[0])
         if done % recipe.log_every == 0 or done == recipe.steps:
             seconds = time.perf_counter() - clock
-            record |= {"seconds": round(seconds, 3), "rows_per_s": round(rows / seconds, 1), "of": recipe.steps}
-            _report(record, run, on_log)
-        if run and (done % recipe.save_every == 0 or done == recipe.steps or seen):
+            record = {"step": done, "of": recipe.steps, "seconds": round(seconds, 3), "rows_per_s": round(rows / seconds, 1)}
+            _report(record, learners, run, on_log)
+        if run and (done % recipe.save_every == 0 or done == recipe.steps or stop.agreed):
             _keep(run, learners, meta, done)
-        if seen:
-            raise Halted(done, seen[0])
+        if stop.agreed:
+            raise Halted(done, stop.agreed)
+    with world.together(stop):
+        pass
+    if stop.agreed:        # it came while the last checkpoint was written
+        raise Halted(recipe.steps, stop.agreed)
 
 
-def _keep(run: Path, learners: list[_Learner], meta: dict[str, Any], step: int) -> None:
-    if _world()[0] == 0:
-        tensors = {"rng/torch": torch.get_rng_state()}
-        for learner in learners:
-            tensors.update(learner.state())
-        save_checkpoint(run / "checkpoints", step, tensors, {"made": meta})
+def _next(batches: Iterator[Batch], step: int, steps: int) -> Batch:
+    """The batch of a step, checked."""
+    got = next(batches, None)
+    if got is None:
+        raise BadInput(f"the data ended at step {step} of {steps}; give a stream without end, or fewer steps")
+    x_BD, y_BE = got
+    check_finite(x_BD, f"training rows of step {step}")
+    if y_BE is not x_BD:
+        check_finite(y_BE, f"training targets of step {step}")
+    return got
 
 
-def _share(x_BD: Tensor, y_BE: Tensor) -> Batch:
-    mine = _mine(x_BD)
-    return mine, (mine if y_BE is x_BD else _mine(y_BE))
+def _share(batch: Batch) -> Batch:
+    """This process's rows."""
+    x_BD, y_BE = batch
+    mine = world.mine(x_BD)
+    return mine, (mine if y_BE is x_BD else world.mine(y_BE))
 
 
-def _report(record: dict[str, Any], run: Path | None, on_log: Log | None) -> None:
-    if _world()[0]:
+def _placed(batch: Batch, learner: Learner, made: dict[tuple[torch.dtype, torch.device], Batch]) -> Batch:
+    """The batch in a method's dtype and on its device; `made` holds what other methods of the step had made."""
+    key = (learner.dtype, learner.device)
+    if key not in made:
+        x, y = batch
+        mine = x.to(device=learner.device, dtype=learner.dtype)
+        made[key] = mine, (mine if y is x else y.to(device=learner.device, dtype=learner.dtype))
+    return made[key]
+
+
+def _report(record: dict[str, Any], learners: list[Learner], run: Path | None, on_log: Log | None) -> None:
+    record["methods"] = {m.name: world.mean_of({part: float(value) for part, value in m.logged.items()}) for m in learners}
+    with world.together():
+        if world.first() and run:
+            append_line(run / "log.jsonl", record)
+        if world.first() and on_log:
+            on_log(record)
+
+
+def _keep(run: Path, learners: list[Learner], meta: dict[str, Any], step: int) -> None:
+    with world.together():
+        if world.first():
+            tensors = _random()
+            for learner in learners:
+                tensors |= learner.state()
+            save_checkpoint(run / "checkpoints", step, tensors, {"made": meta})
+
+
+def _random() -> dict[str, Tensor]:
+    """State of every random generator that a method may draw from."""
+    out = {"rng/torch": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        out |= {f"rng/cuda/{i}": torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())}
+    return out
+
+
+def _restore_random(tensors: Mapping[str, Tensor]) -> None:
+    if "rng/torch" not in tensors:
+        raise Damaged("the checkpoint does not hold rng/torch, the state of the random generator; it was written by another version")
+    torch.set_rng_state(tensors["rng/torch"])
+    if torch.cuda.is_initialized():
+        for i in range(torch.cuda.device_count()):
+            if f"rng/cuda/{i}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"rng/cuda/{i}"], i)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[world.Stop]:
+    """Note SIGINT and SIGTERM, however many come, instead of dying of them; only the main thread may."""
+    stop = world.Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
         return
-    if run:
-        append_line(run / "log.jsonl", record)
-    if on_log:
-        on_log(record)
+
+    def note(signum: int, _: Any) -> None:
+        stop.seen = stop.seen or signum
+
+    old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for signum, handler in old.items():
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
 
 def _forget_after(log: Path, step: int) -> None:
     """Drop log records past the checkpoint taken up, which will be made again."""
     if not log.exists():
         return
-    kept = [r for r in read_lines(log) if r.get("step", 0) <= step]
-    from .store.atomic import write_atomic
-    from .store.lines import to_lines
-
-    write_atomic(log, to_lines(kept))
+    records = read_lines(log)
+    kept = [r for r in records if r.get("step", 0) <= step]
+    if len(kept) < len(records):
+        write_atomic(log, to_lines(kept))

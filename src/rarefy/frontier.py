@@ -8,7 +8,7 @@ Shape letters: B = windows of a batch, T = tokens, V = vocabulary, D = width.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from .cost import Cost
-from .errors import BadInput
+from .errors import BadInput, Damaged
 from .families import config_of
 from .fidelity import Interval, ratio_interval
 from .method import Sparse
+from .places import sites_of
 from .site import replaced
 from .store.lines import append_line, read_lines
 
@@ -48,13 +49,26 @@ class Point:
     note: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return asdict(self)
+        """Plain JSON: a bound that one document cannot give, and a value that is no number, is null."""
+        return _tidy(asdict(self))
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Point:
-        """The reverse of `as_json`."""
-        return cls(**{**record, "metrics": {k: Interval(**v) for k, v in record["metrics"].items()}})
+        """The reverse of `as_json`. Raises Damaged for a record that is no point."""
+        try:
+            return cls(**{**record, "metrics": {k: _interval(**v) for k, v in record["metrics"].items()}})
+        except (TypeError, KeyError, AttributeError) as error:
+            raise Damaged(f"a line of a frontier is no point ({error}); move the file away and measure again") from None
+
+
+def _tidy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _tidy(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _interval(mean: float | None, low: float | None, high: float | None) -> Interval:
+    return Interval(math.nan if mean is None else mean, -math.inf if low is None else low, math.inf if high is None else high)
 
 
 @dataclass
@@ -64,7 +78,7 @@ class Frontier:
     points: list[Point] = field(default_factory=list)
 
     def pareto(self, x: str = "density", y: str = "ce_increase", *, low_is_better: bool = True) -> list[Point]:
-        """Points that no other beats in both cost `x` (a density or a cost field) and quality `y`."""
+        """See the function of that name; over every point, the dense model too where it is one of them."""
         return pareto(self.points, x, y, low_is_better=low_is_better)
 
     def save(self, path: Path) -> None:
@@ -80,8 +94,8 @@ class Frontier:
         return cls([Point.from_json(r) for r in read_lines(path)] if path.exists() else [])
 
 
-def _key(point: Point) -> tuple[str, float]:
-    return point.method, round(point.budget, 6)
+def _key(point: Point) -> tuple[str, str, float]:
+    return point.unit, point.method, round(point.budget, 6)
 
 
 def _axis(point: Point, name: str) -> float:
@@ -95,14 +109,18 @@ def _axis(point: Point, name: str) -> float:
 
 
 def pareto(points: Iterable[Point], x: str, y: str, *, low_is_better: bool = True) -> list[Point]:
-    """Points that no other beats: none is as cheap in x and as good in y and better in one. Sorted by x."""
+    """Points that no other beats, sorted by cost.
+
+    One point beats another when it is at least as cheap in `x` (density, budget or a cost field) and at least as good in
+    `y` (a metric), and better in one of them. Equal points all stay; a point without a finite x and y is left out.
+    """
     sign = 1 if low_is_better else -1
-    best, kept = float("inf"), []
-    for point in sorted(points, key=lambda p: (_axis(p, x), sign * _axis(p, y))):
-        if sign * _axis(point, y) < best:
-            best = sign * _axis(point, y)
-            kept.append(point)
-    return kept
+    places = [(_axis(p, x), sign * _axis(p, y), p) for p in points]
+    kept: list[tuple[float, float, Point]] = []
+    for place in sorted((q for q in places if math.isfinite(q[0]) and math.isfinite(q[1])), key=lambda q: q[:2]):
+        if not kept or place[1] < kept[-1][1] or place[:2] == kept[-1][:2]:
+            kept.append(place)
+    return [point for _, _, point in kept]
 
 
 class _Sums:
@@ -184,19 +202,22 @@ class Judge:
         return Point("dense", unit, "dense", 1.0, 1.0, metrics, {})
 
     def measure(
-        self, plan: Mapping[str, Any], *, method: str, unit: str, role: str = "method", budget: float = 1.0, note: str = "",
+        self, plan: Mapping[str, Any], *, method: str, unit: str, role: str = "method", budget: float | None = None, note: str = "",
     ) -> Point:
         """Put `plan` in, read the same text, take it out.
 
         Args:
             plan: site -> method (or callable, for ablations), as `site.replaced` takes it.
+            budget: fraction of units asked for; default the methods' own, 1 for functions.
         """
-        fresh = [m for m in plan.values() if isinstance(m, Sparse)]
-        with _Watch(fresh) as watch:
+        standing = _standing(self.model, plan)
+        if budget is None:
+            budget = sum(m.budget for m, _ in standing) / len(standing) if standing else 1.0
+        with _Watch(standing) as watch:
             sums = self._run(plan, compare=True)
         metrics = {name: sums.interval(name) for name in ("ce", "ce_increase", "kl", "top1")}
-        density = watch.density() if fresh else budget
-        return Point(method, unit, role, budget, density, metrics, _costs(fresh), note)
+        density = watch.density() if standing else budget
+        return Point(method, unit, role, budget, density, metrics, _costs(standing), note)
 
     def recovered(self, point: Point, site: str, replacement: Callable[[Tensor], Tensor]) -> tuple[float, float]:
         """(loss recovered, CE increase of the ablation): 1 - increase / increase with `replacement` at `site`.
@@ -207,54 +228,70 @@ class Judge:
         return 1 - point.metrics["ce_increase"].mean / worst, worst
 
 
-class _Watch:
-    """Takes the density each method reports while it runs."""
+def _standing(model: nn.Module, plan: Mapping[str, Any]) -> list[tuple[Sparse, int]]:
+    """Each method of a plan, once, with the number of sites it stands at: a glob names many, and one object may serve several."""
+    times: dict[int, tuple[Sparse, int]] = {}
+    for new, found in zip(plan.values(), sites_of(model, plan), strict=True):
+        if isinstance(new, Sparse):
+            times[id(new)] = new, times.get(id(new), (new, 0))[1] + len(found)
+    return list(times.values())
 
-    def __init__(self, methods: Sequence[Sparse]) -> None:
-        self.methods, self.seen, self.handles = methods, {}, []
+
+class _Watch:
+    """Counts what methods keep of what they choose from, over every row that reaches them."""
+
+    def __init__(self, standing: Sequence[tuple[Sparse, int]]) -> None:
+        self.standing, self.handles = standing, []
+        self.seen: dict[int, tuple[float, float]] = {}
+        """id of a method -> units kept and units there, summed over rows."""
 
     def __enter__(self) -> _Watch:
-        for method in self.methods:
-            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any, method: Sparse = method) -> None:
-                if id(method) not in self.seen:
-                    self.seen[id(method)] = _density_of(method, inputs)
-
-            self.handles.append(method.register_forward_hook(hook))
+        for method, _ in self.standing:
+            if hasattr(method, "measured_density"):
+                method.measured_density()                   # attention counts for itself since it was last asked: begin anew
+            elif method.unit != "weight":
+                self.handles.append(method.register_forward_hook(self._count))
         return self
 
     def __exit__(self, *exc: object) -> None:
         for handle in self.handles:
             handle.remove()
 
+    @torch.no_grad()
+    def _count(self, method: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+        selection = method.select(*inputs)
+        rows = inputs[0].shape[:-1].numel()
+        kept, there = self.seen.get(id(method), (0.0, 0.0))
+        self.seen[id(method)] = kept + selection.density * rows * selection.n, there + float(rows * selection.n)
+
     def density(self) -> float:
-        """Mean over methods, weighted by the units each chooses from; attention methods report their own."""
-        pairs = [self.seen.get(id(m)) or _density_of(m, ()) for m in self.methods]
-        total = sum(n for _, n in pairs)
-        return sum(d * n for d, n in pairs) / total
+        """Mean over sites, each weighted by the units that it chooses from."""
+        kept = there = 0.0
+        for method, times in self.standing:
+            if method.unit == "weight":
+                density, size = method.select().density, method.select().mask.numel()
+            elif (own := getattr(method, "measured_density", None)) is not None:
+                density, size = own(), 1
+            else:
+                k, size = self.seen.get(id(method), (0.0, 0.0))
+                density = k / size if size else 0.0
+            kept, there = kept + density * size * times, there + size * times
+        return kept / there if there else 0.0
 
 
-@torch.no_grad()
-def _density_of(method: Sparse, inputs: tuple[Tensor, ...]) -> tuple[float, int]:
-    measured = getattr(method, "measured_density", None)
-    if measured is not None:
-        return measured(), 1
-    selection = method.select() if method.unit == "weight" else method.select(*inputs)
-    return selection.density, (selection.mask.numel() if method.unit == "weight" else selection.n)
-
-
-def _costs(methods: Sequence[Sparse]) -> dict[str, float]:
-    if not methods:
+def _costs(standing: Sequence[tuple[Sparse, int]]) -> dict[str, float]:
+    if not standing:
         return {}
     try:
-        mine = sum((m.cost() for m in methods), Cost(0, 0))
-        dense = sum((m.dense_cost() for m in methods), Cost(0, 0))
+        mine = sum((m.cost() * times for m, times in standing), Cost(0, 0))
+        dense = sum((m.dense_cost() * times for m, times in standing), Cost(0, 0))
     except NotImplementedError:
         return {}
     return {"flops": mine.flops, "bytes": mine.bytes, "dense_flops": dense.flops, "dense_bytes": dense.bytes}
 
 
-def measure(model: nn.Module, plan: Mapping[str, Any], batches: Sequence[Any], *, budget: float = 1.0) -> Point:
-    """One plan against the dense model on `batches`; for several plans make one `Judge` and keep it."""
+def measure(model: nn.Module, plan: Mapping[str, Any], batches: Sequence[Any], *, budget: float | None = None) -> Point:
+    """One plan against the dense model on `batches`; for several plans make one `Judge` and keep it. See `Judge.measure`."""
     first = next(iter(plan.values()), None)
     name = first.name if isinstance(first, Sparse) else "function"
     unit = first.unit if isinstance(first, Sparse) else ""
@@ -277,13 +314,13 @@ def sweep(
     for name in methods:
         card = entry(name)
         for budget in budgets:
-            if (name, round(budget, 6)) in done:
+            if (card.unit, name, round(budget, 6)) in done:
                 continue
             role = "baseline" if card.baseline else "method"
             point = judge.measure(make(name, budget), method=name, unit=card.unit, role=role, budget=budget)
             frontier.points.append(point)
             if path:
-                append_line(path, json.loads(json.dumps(point.as_json())))
+                append_line(path, point.as_json())
             if on_point:
                 on_point(point)
     return frontier

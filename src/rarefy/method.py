@@ -7,6 +7,7 @@ buffers. Together they are the method: `save` writes the first as JSON beside th
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -39,6 +40,8 @@ class Sparse(nn.Module):
     """What is selected: latent, weight, neuron, key, ..."""
     fitted: ClassVar[str] = "none"
     """"none", "calibrated" (observe + finish) or "trained" (loss)."""
+    row_counters: ClassVar[tuple[str, ...]] = ()
+    """Buffers in which `loss` counts rows since an event, so that `train` can add up the pieces a batch is worked through in."""
 
     _arguments: dict[str, Any]
 
@@ -47,7 +50,7 @@ class Sparse(nn.Module):
         super().__init_subclass__(**kwargs)
         if "__init__" not in cls.__dict__:
             return
-        original = cls.__init__
+        original: Callable[..., None] = cls.__init__
         signature = inspect.signature(original)
 
         def __init__(self: Sparse, *args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""A unit's frontier as one static SVG, for README and notebooks: quality against cost, no script and no library.
+"""Frontiers as static SVG, for README and notebooks: quality against cost, no script and no library.
 
 Readable on light and dark paper; methods differ by shape and label, not only by colour.
 """
@@ -8,13 +8,28 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from xml.sax.saxutils import escape
 
 from .errors import BadInput
 
-WIDTH, HEIGHT = 760, 430
-LEFT, RIGHT, TOP, BOTTOM = 70, 26, 46, 56
+
+class Frame(NamedTuple):
+    """Size of a picture and its margins, in pixels."""
+
+    width: float
+    height: float
+    left: float
+    right: float
+    top: float
+    bottom: float
+    small: bool = False
+    """One of several: method names without their unit, no key."""
+
+
+FULL = Frame(760, 430, 70, 26, 46, 56)
+PANEL = Frame(430, 290, 52, 14, 54, 44, small=True)
+GAP = 22
 COLOURS = ("#2f81c4", "#d2601a", "#2f9460", "#a552ab", "#a8830a", "#c43d60", "#5a6bd0", "#1b9092")
 GREY, FRONT = "#7d858d", "#e0a92e"
 SHAPES = (
@@ -43,6 +58,13 @@ def axis_value(point: Point, key: str) -> float | None:
     return (point["metrics"].get(key) or {}).get("mean")
 
 
+def _place(point: Point, key: str) -> float:
+    """`axis_value` of a point that has one."""
+    value = axis_value(point, key)
+    assert value is not None
+    return value
+
+
 def pareto_front(points: Sequence[Point], x: str, y: str, better: str = "low") -> list[Point]:
     """Points that no other beats in quality at a cost at most 2 % above theirs, by rising cost; dense stands aside."""
     sign = 1 if better == "low" else -1
@@ -57,14 +79,45 @@ def pareto_front(points: Sequence[Point], x: str, y: str, better: str = "low") -
 
 def frontier_svg(unit: Mapping[str, Any]) -> str:
     """SVG text of one entry of a report's `units`. Raises BadInput where no point has both quantities."""
+    title = escape(_clean(f"{unit['y']['label']} against {unit['x']['label']}"))
+    return _document(FULL.width, FULL.height, title, _drawn(unit, FULL))
+
+
+def overview_svg(units: Sequence[Mapping[str, Any]]) -> str:
+    """SVG text of all a report's `units` side by side, two in a row. Raises BadInput for none, and as `frontier_svg`."""
+    if not units:
+        raise BadInput("no units to draw: the report has no frontier")
+    body = []
+    for i, unit in enumerate(units):
+        at = f"translate({(i % 2) * (PANEL.width + GAP):g} {i // 2 * (PANEL.height + GAP):g})"
+        body += [f'<g transform="{at}">', *_drawn(unit, PANEL), "</g>"]
+    rows = -(-len(units) // 2)
+    width = PANEL.width if len(units) == 1 else 2 * PANEL.width + GAP
+    title = escape(_clean("Frontiers of " + ", ".join(_name(unit) for unit in units)))
+    return _document(width, rows * PANEL.height + (rows - 1) * GAP, title, body)
+
+
+def _name(unit: Mapping[str, Any]) -> str:
+    return str(unit.get("title") or unit["unit"].capitalize())
+
+
+def _document(width: float, height: float, title: str, body: Sequence[str]) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" role="img" '
+        'font-family="system-ui, sans-serif" font-size="12.5">'
+        f"<title>{title}</title>\n" + "\n".join(body) + "\n</svg>\n"
+    )
+
+
+def _drawn(unit: Mapping[str, Any], box: Frame) -> list[str]:
     x, y = unit["x"]["key"], unit["y"]["key"]
     points = [p for p in unit["points"] if axis_value(p, x) is not None and axis_value(p, y) is not None]
     sparse = [p for p in points if p["role"] != "dense"]
     if not sparse:
         raise BadInput(f"frontier of {unit['unit']}: no point has both {x!r} and {y!r}")
-    at_x, at_y, grid = _axes(sparse, points, x, y)
-    spot = lambda p: (at_x(axis_value(p, x)), at_y(axis_value(p, y)))  # noqa: E731
-    body = [*grid, *_frame(unit)]
+    at_x, at_y, grid = _axes(sparse, points, x, y, box)
+    spot = lambda p: (at_x(_place(p, x)), at_y(_place(p, y)))  # noqa: E731
+    body = [*grid, *_frame(unit, box)]
     front = [spot(p) for p in pareto_front(points, x, y, unit["y"].get("better", "low"))]
     if len(front) > 1:
         round_ends = 'stroke-linecap="round" stroke-linejoin="round"'
@@ -74,11 +127,11 @@ def frontier_svg(unit: Mapping[str, Any]) -> str:
     for p in points:
         if p["role"] == "dense":
             v = spot(p)[1]
-            body.append(f'<path d="M{LEFT} {v:.1f}H{WIDTH - RIGHT}" stroke="{GREY}" stroke-dasharray="2 4"/>')
-            body.append(_text(LEFT + 4, v - 5, "dense", "start"))
+            body.append(f'<path d="M{box.left} {v:.1f}H{box.width - box.right}" stroke="{GREY}" stroke-dasharray="2 4"/>')
+            body.append(_text(box.left + 4, v - 5, "dense", "start"))
             break
     names = list(dict.fromkeys(p["method"] for p in sparse))
-    runs = [sorted((p for p in sparse if p["method"] == name), key=lambda p: axis_value(p, x)) for name in names]
+    runs = [sorted((p for p in sparse if p["method"] == name), key=lambda p: _place(p, x)) for name in names]
     counts = {"method": 0, "baseline": 0}
     ranked = []
     for run in runs:
@@ -86,39 +139,34 @@ def frontier_svg(unit: Mapping[str, Any]) -> str:
         counts[run[0]["role"]] += 1
     taken: list[float] = []
     for run, place in sorted(ranked, key=lambda pair: spot(pair[0][0])[1]):  # labels are placed from the top down
-        body += _series(run, spot, at_y, y, place, taken)
-    title = escape(_clean(f"{unit['y']['label']} against {unit['x']['label']}"))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        'font-family="system-ui, sans-serif" font-size="12.5">'
-        f"<title>{title}</title>\n" + "\n".join(body) + "\n</svg>\n"
-    )
+        body += _series(run, spot, at_y, y, place, taken, box)
+    return body
 
 
 def _axes(
-    sparse: Sequence[Point], points: Sequence[Point], x: str, y: str
+    sparse: Sequence[Point], points: Sequence[Point], x: str, y: str, box: Frame
 ) -> tuple[Callable[..., float], Callable[..., float], list[str]]:
-    xs, ys = [axis_value(p, x) for p in sparse], [axis_value(p, y) for p in points]
+    xs, ys = [_place(p, x) for p in sparse], [_place(p, y) for p in points]
     sizes = sorted(abs(v) for v in ys if v)
     log_x = min(xs) > 0 and max(xs) / min(xs) > 20
     log_y = bool(sizes) and sizes[-1] / sizes[0] > 10
     knee = max(sizes[len(sizes) // 4], sizes[-1] / 1000) if sizes else 1.0
     warp_x = math.log if log_x else lambda v: v
     warp_y = (lambda v: math.asinh(v / knee)) if log_y else lambda v: v
-    gutter = min(240, max(len(p["method"]) + 11 * (p["role"] == "baseline") for p in sparse) * 7 + 16)
-    at_x = _scale(warp_x, min(xs), max(xs), LEFT + gutter, WIDTH - RIGHT - 16)
+    gutter = min(240, max(len(_label(p, box)) for p in sparse) * 7 + 16)
+    at_x = _scale(warp_x, min(xs), max(xs), box.left + gutter, box.width - box.right - 16)
     span = max(ys) - min(ys) or abs(max(ys)) or 1.0
     low, high = min(ys) - 0.06 * span, max(ys) + 0.06 * span
     if log_y:
         low, high = min(ys) - 0.15 * knee, max(ys) * (1.15 if max(ys) > 0 else 0.85)
-    at_y = _scale(warp_y, low, high, HEIGHT - BOTTOM, TOP)
+    at_y = _scale(warp_y, low, high, box.height - box.bottom, box.top)
     percent = x in _COSTS or x in ("density", "budget")
     out = []
     for v in _ticks(low, high, log_y, at_y, 30):
-        out.append(f'<path d="M{LEFT} {at_y(v):.1f}H{WIDTH - RIGHT}" stroke="{GREY}" opacity=".22"/>')
-        out.append(_text(LEFT - 8, at_y(v) + 4, f"{v:.4g}", "end"))
+        out.append(f'<path d="M{box.left} {at_y(v):.1f}H{box.width - box.right}" stroke="{GREY}" opacity=".22"/>')
+        out.append(_text(box.left - 8, at_y(v) + 4, f"{v:.4g}", "end"))
     for v in _ticks(min(xs), max(xs), log_x, at_x, 56):
-        out.append(_text(at_x(v), HEIGHT - BOTTOM + 18, f"{100 * v:.3g} %" if percent else f"{v:.4g}", "middle"))
+        out.append(_text(at_x(v), box.height - box.bottom + 18, f"{100 * v:.3g} %" if percent else f"{v:.4g}", "middle"))
     return at_x, at_y, out
 
 
@@ -155,8 +203,9 @@ def _series(
     y: str,
     place: int,
     taken: list[float],
+    box: Frame,
 ) -> list[str]:
-    name, baseline = mine[0]["method"], mine[0]["role"] == "baseline"
+    baseline = mine[0]["role"] == "baseline"
     colour = GREY if baseline else COLOURS[place % len(COLOURS)]
     shape = SHAPES[(place + (1 if baseline else place // len(COLOURS))) % len(SHAPES)]
     spots = [spot(p) for p in mine]
@@ -170,20 +219,29 @@ def _series(
         out.append(f'<path d="{shape}" transform="translate({px:.1f} {py:.1f})" {fill}/>')
     px, py = spots[0]
     shifts = [0.0] + [s * d for d in range(3, 240, 3) for s in (-1, 1)]
-    spare = (py + s for s in shifts if TOP <= py + s <= HEIGHT - BOTTOM - 4)
+    spare = (py + s for s in shifts if box.top <= py + s <= box.height - box.bottom - 4)
     free = next((v for v in spare if all(abs(v - t) >= 15 for t in taken)), py)
     taken.append(free)
-    return [*out, _text(px - 12, free + 4, name + (" (baseline)" if baseline else ""), "end", colour)]
+    return [*out, _text(px - 12, free + 4, _label(mine[0], box), "end", colour)]
 
 
-def _frame(unit: Mapping[str, Any]) -> list[str]:
-    better = "lower is better" if unit["y"].get("better", "low") == "low" else "higher is better"
+def _label(point: Point, box: Frame) -> str:
+    if box.small:
+        return str(point["method"]).rpartition("/")[2]
+    return point["method"] + (" (baseline)" if point["role"] == "baseline" else "")
+
+
+def _frame(unit: Mapping[str, Any], box: Frame) -> list[str]:
+    floor, better = box.height - box.bottom, "lower is better" if unit["y"].get("better", "low") == "low" else "higher is better"
+    axis = f'<path d="M{box.left} {floor}H{box.width - box.right}" stroke="{GREY}" opacity=".6"/>'
+    across = _text(box.width - box.right, box.height - (6 if box.small else 10), unit["x"]["label"] + " →", "end")
+    said = f"{unit['y']['label']} ({better})"
+    if box.small:
+        return [axis, across, _text(4, 16, _name(unit), "start", weight="700"), _text(4, 34, said, "start")]
     return [
-        f'<path d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}" stroke="{GREY}" opacity=".6"/>',
-        _text(LEFT - 54, 22, f"{unit['y']['label']} ({better})", "start", weight="600"),
-        _text(WIDTH - RIGHT, HEIGHT - 10, unit["x"]["label"] + " →", "end"),
-        f'<path d="M{LEFT} {HEIGHT - 14}h24" stroke="{FRONT}" stroke-width="8" opacity=".45"/>',
-        _text(LEFT + 32, HEIGHT - 10, "Pareto front", "start"),
+        axis, across, _text(box.left - 54, 22, said, "start", weight="600"),
+        f'<path d="M{box.left} {box.height - 14}h24" stroke="{FRONT}" stroke-width="8" opacity=".45"/>',
+        _text(box.left + 32, box.height - 10, "Pareto front", "start"),
     ]
 
 

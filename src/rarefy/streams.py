@@ -8,16 +8,21 @@ Shape letters: N = rows, B = batch rows, D = input width, E = output width, T = 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from .errors import BadInput
 from .method import positive
-from .site import capture
+from .site import capture, sites
+from .store.tensors import raw_bytes
+
+if TYPE_CHECKING:
+    from .store.shards import ActivationStore
 
 Batch = tuple[Tensor, Tensor]
 """(x_BD, y_BE): what goes in and what is to be reproduced; the same tensor for autoencoders."""
@@ -26,16 +31,48 @@ Batch = tuple[Tensor, Tensor]
 class Stream(Protocol):
     """What `train` reads."""
 
-    made_from: dict[str, Any]
-    """Plain JSON that names the data; a resumed run must find the same."""
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """Plain JSON that names the data and its order; a resumed run must find the same."""
+        ...
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """Batches from `start_step` on, without end."""
+        """Batches from `start_step` on, all of the same number of rows, without end."""
         ...
 
 
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """Hash of names, dtypes, shapes and elements; of a tensor on the meta device, which has none, without them."""
+    total = xxhash.xxh3_128()
+    for name, tensor in tensors.items():
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        if tensor.device.type != "meta":
+            total.update(raw_bytes(tensor))
+    return total.hexdigest()
+
+
+def _whole(name: str, value: int, least: int = 0) -> int:
+    if type(value) is not int or value < least:
+        raise BadInput(f"{name}={value!r} must be a whole number >= {least}")
+    return value
+
+
+def _order(n: int, seed: int, number: int, salt: int) -> Tensor:
+    """Permutation of n; salt keeps the orders of different things apart."""
+    mixed = xxhash.xxh3_64_intdigest(f"{salt},{seed},{number}".encode())
+    return torch.randperm(n, generator=torch.Generator().manual_seed(mixed % 2**63))
+
+
+def _one(model: nn.Module, name: str) -> str:
+    """Canonical name of the one site that `name` means."""
+    found = list(sites(model, name))
+    if len(found) > 1:
+        raise BadInput(f"{name} names {len(found)} sites ({', '.join(found[:3])}, ...); give one")
+    return found[0]
+
+
 class TensorStream:
-    """Rows already in memory, shuffled anew each epoch.
+    """Rows already in memory, shuffled anew each epoch; rows past the last whole batch wait for another epoch's order.
 
     Args:
         x_ND: rows.
@@ -44,34 +81,39 @@ class TensorStream:
     """
 
     def __init__(self, x_ND: Tensor, size: int, *, y_NE: Tensor | None = None, seed: int = 0) -> None:
+        if x_ND.ndim != 2 or not len(x_ND):
+            raise BadInput(f"rows have shape {list(x_ND.shape)}; need [rows, width] with at least one row")
         positive("size", size, len(x_ND))
-        if y_NE is not None and len(y_NE) != len(x_ND):
-            raise BadInput(f"{len(x_ND)} rows in but {len(y_NE)} out; give one target a row")
+        if y_NE is not None and (y_NE.ndim != 2 or len(y_NE) != len(x_ND)):
+            raise BadInput(f"{len(x_ND)} rows in but targets of shape {list(y_NE.shape)}; give one target a row, [rows, width]")
         self.x_ND, self.y_NE, self.size, self.seed = x_ND, x_ND if y_NE is None else y_NE, size, seed
-        digest = hashlib.blake2b(x_ND.detach().cpu().float().numpy().tobytes(), digest_size=16).hexdigest()
-        self.made_from = {"rows": digest, "shape": list(x_ND.shape), "size": size, "seed": seed}
+        held = {"x": x_ND} if y_NE is None else {"x": x_ND, "y": y_NE}
+        self.made_from = {"rows": _digest(held), "shape": list(x_ND.shape), "size": size, "seed": seed}
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """See Stream."""
-        an_epoch = len(self.x_ND) // self.size
-        epoch, order = -1, torch.empty(0, dtype=torch.long)
-        step = start_step
+        an_epoch, held = len(self.x_ND) // self.size, -1
+        order, step = torch.empty(0, dtype=torch.long), _whole("start_step", start_step)
         while True:
-            if step // an_epoch != epoch:
-                epoch = step // an_epoch
-                order = torch.randperm(len(self.x_ND), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
-            at = order[(step % an_epoch) * self.size : (step % an_epoch + 1) * self.size]
-            x_BD = self.x_ND[at]
-            yield x_BD, (x_BD if self.y_NE is self.x_ND else self.y_NE[at])
+            epoch, part = divmod(step, an_epoch)
+            if epoch != held:
+                held, order = epoch, _order(len(self.x_ND), self.seed, epoch, 1)
+            at = order[part * self.size : (part + 1) * self.size].to(self.x_ND.device)
+            x_BD = self.x_ND.index_select(0, at)
+            yield x_BD, (x_BD if self.y_NE is self.x_ND else self.y_NE.index_select(0, at))
             step += 1
 
 
 class StoreStream:
-    """Rows of an activation store on disk (see store/FORMAT.md)."""
+    """Rows of an activation store on disk (see store/FORMAT.md), each once an epoch, in its dtype.
 
-    def __init__(self, store: Any, size: int, *, seed: int = 0) -> None:
+    Args:
+        size: rows a batch, at most those of the store as it stood when it was opened.
+    """
+
+    def __init__(self, store: ActivationStore, size: int, *, seed: int = 0) -> None:
         self.store, self.size, self.seed = store, positive("size", size, len(store)), seed
-        self.made_from = {"store": getattr(store, "name", str(store)), "rows": len(store), "size": size, "seed": seed}
+        self.made_from = {"store": store.name, "rows": len(store), "size": size, "seed": seed}
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """See Stream."""
@@ -82,55 +124,65 @@ class StoreStream:
 class LiveStream:
     """Activations captured from a model as they are needed, shuffled within a buffer of `buffer` contexts.
 
+    Contexts are dealt to buffers in an order shuffled anew each epoch; those past the last whole buffer, and the rows of a
+    buffer past its last whole batch, wait for another epoch. Memory is that of one buffer of activations.
+
     Args:
+        model: in eval mode, or its dropout makes the stream another one each time it is read.
+        site: name of one stream site; `target` the site to reproduce (transcoders), default the same.
         windows_NT: token ids, one context a row.
-        site: canonical site name; `target` the site to reproduce (transcoders), default the same.
         size: rows a batch.
+        at_once: contexts a forward pass.
         skip: positions dropped at the start of each context (the first token's norm is far above the others').
     """
 
     def __init__(
         self, model: nn.Module, site: str, windows_NT: Tensor, size: int, *, target: str | None = None,
         buffer: int = 128, at_once: int = 16, seed: int = 0, skip: int = 1,
-        on_progress: Callable[[int], None] | None = None,
     ) -> None:
-        if windows_NT.ndim != 2 or windows_NT.shape[1] <= skip:
-            raise BadInput(f"windows have shape {list(windows_NT.shape)}; need [contexts, tokens > {skip}]")
-        self.model, self.site, self.target, self.windows_NT = model, site, target or site, windows_NT
-        self.size, self.seed, self.skip, self.at_once = positive("size", size), seed, skip, at_once
+        if windows_NT.ndim != 2 or not len(windows_NT) or windows_NT.shape[1] <= _whole("skip", skip):
+            raise BadInput(f"windows have shape {list(windows_NT.shape)}; need [contexts, tokens > {skip}] with at least one context")
+        self.model, self.windows_NT, self.site = model, windows_NT, _one(model, site)
+        self.target = _one(model, target) if target else self.site
+        self.size, self.seed, self.skip, self.at_once = positive("size", size), seed, skip, positive("at_once", at_once)
         self.buffer = min(positive("buffer", buffer), len(windows_NT))
         self.rows = self.buffer * (windows_NT.shape[1] - skip)
         """Rows of a buffer."""
         if size > self.rows:
             raise BadInput(f"a batch of {size} rows is larger than the buffer of {self.rows}; lower it or give more text")
         self.a_buffer = self.rows // size
-        digest = hashlib.blake2b(windows_NT.numpy().tobytes(), digest_size=16).hexdigest()
-        self.made_from = {"site": site, "target": self.target, "tokens": digest, "buffer": self.buffer, "size": size,
-                          "seed": seed, "skip": skip}
+        """Batches of a buffer."""
+
+    @cached_property
+    def made_from(self) -> dict[str, Any]:
+        """See Stream. Names the model by all its tensors, as they are when this is first read."""
+        held = {k: v for k, v in self.model.state_dict().items() if isinstance(v, Tensor)}
+        return {
+            "model": _digest(held), "site": self.site, "target": self.target, "tokens": _digest({"": self.windows_NT}), "buffer": self.buffer,
+            "at_once": self.at_once, "size": self.size, "seed": self.seed, "skip": self.skip,
+        }
 
     def fill(self, number: int) -> Batch:
         """Rows of buffer `number`, in shuffled order."""
         n = len(self.windows_NT)
-        an_epoch = max(1, n // self.buffer)
-        epoch, part = divmod(number, an_epoch)
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
-        chosen = self.windows_NT[order[part * self.buffer : (part + 1) * self.buffer]]
-        xs, ys = [], []
+        epoch, part = divmod(number, n // self.buffer)
+        chosen = self.windows_NT[_order(n, self.seed, epoch, 2)[part * self.buffer : (part + 1) * self.buffer]]
+        device = next(self.model.parameters()).device
         names = list(dict.fromkeys((self.site, self.target)))
+        xs, ys = [], []
         for ids_BT in chosen.split(self.at_once):
-            got = capture(self.model, names, input_ids=ids_BT)
+            got = capture(self.model, names, input_ids=ids_BT.to(device))
             xs.append(got[self.site][:, self.skip :].flatten(0, 1))
             if self.target != self.site:
                 ys.append(got[self.target][:, self.skip :].flatten(0, 1))
         x_ND = torch.cat(xs)
-        mix = torch.randperm(len(x_ND), generator=torch.Generator().manual_seed(self.seed * 7_368_787 + number))
+        mix = _order(len(x_ND), self.seed, number, 3).to(x_ND.device)
         x_ND = x_ND[mix]
         return x_ND, (torch.cat(ys)[mix] if ys else x_ND)
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """See Stream."""
-        number = start_step // self.a_buffer
-        within = start_step % self.a_buffer
+        number, within = divmod(_whole("start_step", start_step), self.a_buffer)
         while True:
             x_ND, y_ND = self.fill(number)
             for i in range(within, self.a_buffer):

@@ -1,7 +1,8 @@
 """A disk in memory that records operations and can show every state that a power cut may legally leave.
 
 Bytes written count as durable once their file was synced, names once their directory was. Until then bytes may be
-whole, half there, zeros or absent, and each change of a name may be lost on its own, in any combination.
+whole, half there, zeros or absent, each write on its own, and each change of a name may be lost, in any combination.
+Bytes that are absent below others that are there read as zeros, as in a file whose size reached the disk before its data.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rarefy.store.fs import FS
+
+LOST = ("half", "zeros", "empty")
 
 
 class Node:
@@ -38,11 +41,25 @@ class MemoryFS(FS):
         self.ops.append(("names", changes))
         _apply(changes)
 
+    def _bytes(self, node: Node, at: int, data: bytes) -> None:
+        node.data = node.data[:at] + data
+        self.ops.append(("bytes", node, at, data))
+
     def write(self, path, data):
         node = Node(b"")
         self._link([(self._at(path.parent), path.name, node)])
-        node.data = bytes(data)
-        self.ops.append(("bytes", node, node.data))
+        self._bytes(node, 0, bytes(data))
+
+    def append(self, path, data):
+        if not self.exists(path):
+            self._link([(self._at(path.parent), path.name, Node(b""))])
+        node = self._at(path)
+        self._bytes(node, len(node.data), bytes(data))
+
+    def truncate(self, path, size):
+        node = self._at(path)
+        node.data = node.data[:size]
+        self.ops.append(("cut", node, size))
 
     def sync(self, path):
         self.ops.append(("sync", self._at(path)))
@@ -85,6 +102,43 @@ class MemoryFS(FS):
             raise IsADirectoryError(21, "Is a directory", str(path))
         return node.data
 
+    def dump(self, folder: Path) -> None:
+        """The same tree on the real disk, in a new folder."""
+
+        def put(node: Node, path: Path) -> None:
+            if node.data is not None:
+                path.write_bytes(node.data)
+                return
+            path.mkdir()
+            for name, below in node.names.items():
+                put(below, path / name)
+
+        put(self.root, folder)
+
+
+class Recorder(FS):
+    """The real disk below `base`, with a MemoryFS beside it that records what was asked, `base` being its root."""
+
+    def __init__(self, base: Path) -> None:
+        self.base, self.model = base, MemoryFS()
+
+    @property
+    def ops(self) -> list[tuple]:
+        return self.model.ops
+
+
+def _recorded(name):
+    def operation(self, path, *rest):
+        getattr(FS, name)(self, path, *rest)
+        inside = [Path("/") / a.relative_to(self.base) if isinstance(a, Path) else a for a in (path, *rest)]
+        getattr(self.model, name)(*inside)
+
+    return operation
+
+
+for _name in ("write", "append", "truncate", "sync", "sync_dir", "mkdir", "rename", "remove", "rmtree"):
+    setattr(Recorder, _name, _recorded(_name))
+
 
 def _apply(changes: list[tuple[Node, str, Node | None]]) -> None:
     for directory, name, node in changes:
@@ -94,28 +148,46 @@ def _apply(changes: list[tuple[Node, str, Node | None]]) -> None:
             directory.names[name] = node
 
 
-def states(ops: list[tuple], most: int = 6) -> Iterator[MemoryFS]:
-    """Every state after a cut that follows `ops`. With over `most` pending name changes: each lost alone, each suffix lost."""
-    synced = [op[1] for op in ops]
-    names = [i for i, op in enumerate(ops) if op[0] == "names"]
+def states(ops: list[tuple], most: int = 6, root: Node | None = None) -> Iterator[MemoryFS]:
+    """Every state after a cut that follows `ops`, without repeats.
 
-    def durable(i: int) -> bool:
-        return all(
-            any(ops[j][0] == "sync_dir" and synced[j] is directory for j in range(i + 1, len(ops)))
-            for directory, _, _ in ops[i][1]
-        )
-
-    pending = [i for i in names if not durable(i)]
+    Bytes not synced: all alike in each of four ways, each lost alone in each way, each the only one kept. With over
+    `most` pending changes of names: each lost alone, and each suffix lost; all combinations otherwise.
+    """
+    root = root or root_of(ops)
+    pending = [i for i, op in enumerate(ops) if op[0] == "names" and not _named(ops, i)]
     if len(pending) <= most:
         lost_sets = itertools.chain.from_iterable(itertools.combinations(pending, r) for r in range(len(pending) + 1))
     else:
         lost_sets = [(), *((i,) for i in pending), *(tuple(pending[k:]) for k in range(len(pending)))]
+    loose = [i for i, op in enumerate(ops) if op[0] in ("bytes", "cut") and not _written(ops, i)]
+    fates = [dict.fromkeys(loose, way) for way in ("whole", *LOST)]
+    fates += [{**dict.fromkeys(loose, "whole"), i: way} for i in loose for way in LOST]
+    fates += [{**dict.fromkeys(loose, "empty"), i: "whole"} for i in loose]
+    seen = set()
     for lost in lost_sets:
-        for mode in ("whole", "half", "zeros", "empty"):
-            yield _replay(ops, set(lost), mode)
+        for fate in fates:
+            state = _replay(ops, set(lost), fate, root)
+            key = _tree(state.root)
+            if key not in seen:
+                seen.add(key)
+                yield state
 
 
-def _replay(ops: list[tuple], lost: set[int], mode: str) -> MemoryFS:
+def _named(ops: list[tuple], i: int) -> bool:
+    """Whether the change of names is safe: every directory that it touched was synced after it."""
+    return all(any(op[0] == "sync_dir" and op[1] is directory for op in ops[i + 1 :]) for directory, _, _ in ops[i][1])
+
+
+def _written(ops: list[tuple], i: int) -> bool:
+    return any(op[0] == "sync" and op[1] is ops[i][1] for op in ops[i + 1 :])
+
+
+def _tree(node: Node):
+    return node.data if node.data is not None else tuple((name, _tree(below)) for name, below in sorted(node.names.items()))
+
+
+def _replay(ops: list[tuple], lost: set[int], fate: dict[int, str], root: Node) -> MemoryFS:
     out, twin = MemoryFS(), {}
 
     def copy(node: Node) -> Node:
@@ -124,11 +196,14 @@ def _replay(ops: list[tuple], lost: set[int], mode: str) -> MemoryFS:
     for i, op in enumerate(ops):
         if op[0] == "names" and i not in lost:
             _apply([(copy(d), name, None if node is None else copy(node)) for d, name, node in op[1]])
-        elif op[0] == "bytes":
-            safe = mode == "whole" or any(o[0] == "sync" and o[1] is op[1] for o in ops[i + 1 :])
-            kept = {"half": op[2][: len(op[2]) // 2], "zeros": bytes(len(op[2])), "empty": b""}
-            copy(op[1]).data = op[2] if safe else kept[mode]
-    out.root = twin.get(id(root_of(ops)), out.root)
+        elif op[0] == "bytes" and fate.get(i) != "empty":
+            _, node, at, data = op
+            kept = {"half": data[: len(data) // 2], "zeros": bytes(len(data))}.get(fate.get(i, "whole"), data)
+            was = copy(node).data.ljust(at, b"\0")
+            copy(node).data = was[:at] + kept + was[at + len(kept) :]
+        elif op[0] == "cut" and fate.get(i, "whole") == "whole":
+            copy(op[1]).data = copy(op[1]).data[: op[2]]
+    out.root = twin.get(id(root), out.root)
     return out
 
 

@@ -244,11 +244,14 @@ def test_lines_drop_a_torn_end_and_go_on(tmp_path):
         assert [r["i"] for r in read_lines(path)] == list(range(kept))
         append_line(path, {"i": 9})
         assert [r["i"] for r in read_lines(path)] == [*range(kept), 9]
-    path.write_bytes(b'{"a": 1}\nnot json\n{"a": 2}\n')
+    path.write_bytes(to_lines([{"a": 1}]) + b"not json\n" + to_lines([{"a": 2}]))
     with pytest.raises(Damaged, match="line 2"):
         read_lines(path)
     assert "line 2" in check(path).problems[0]
-    assert json.loads(to_lines([{"x": float("inf")}])) == {"x": None}
+    assert json.loads(to_lines([{"x": float("inf")}]))["x"] is None
+    for bad in ({}, {"seal": 1}):
+        with pytest.raises(BadInput, match="seal"):
+            append_line(path, bad)
     with pytest.raises(BadInput):
         append_line(path, {"x": object()})
     with pytest.raises(BadInput, match="not exist"):

@@ -69,7 +69,7 @@ def of_loss(case: Case) -> None:
     loss = _parts(method, x, y)
     trained = {k: v for k, v in loss.parts.items() if v.requires_grad}
     require(len(trained) > 0, "no named part of the loss has a gradient")
-    total = sum(v for v in trained.values())
+    total = sum(trained.values(), torch.zeros((), dtype=torch.float64))
     require(torch.allclose(total, loss.total), f"parts with a gradient add up to {float(total):.8g}, the total is {float(loss.total):.8g}")
     generator = torch.Generator().manual_seed(1)
     reached: set[str] = set()

@@ -267,7 +267,7 @@ def attention(cls: type[Sparse], **arguments: Any) -> Spec:
         make=lambda budget: cls(budget=budget, **block), inputs=heads, dense=_causal,
         one_unit=lambda: (cls(budget=0.5, **block), tuple(x[:2, :, :1] for x in heads(2, 0))),
         permuted=_moved_blocks if decode else None,
-        permutable=lambda i: (i[0][:, :, -1:], *i[1:]), units=lambda m, i: i[1].shape[2] // m.block if decode else 0,
+        permutable=lambda i: (i[0][:, :, -1:], *i[1:]), units=lambda m, i: i[1].shape[2] // m.arguments["block"] if decode else 0,
         not_permuted="the choice goes by position", density=_pairs,
         # a query sees at most 7 blocks: half a block in 7 on average over positions, and one block at least
         density_slack=(lambda n: 0.03) if by_key else (lambda n: 0.25), budgets=(0.25, 0.5, 0.75, 1.0),

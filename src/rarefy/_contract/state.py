@@ -25,7 +25,7 @@ def nothing_changes(case: Case) -> None:
         method.select(*inputs)
         method(*inputs)
         method.reference(*inputs)
-        method.cost(), method.dense_cost(), repr(method), method.arguments
+        _ = method.cost(), method.dense_cost(), repr(method), method.arguments
     require(_settings() == settings, f"global settings went from {settings} to {_settings()}")
     require(torch.equal(torch.get_rng_state(), generators[0]), "torch's global generator moved")
     require(random.getstate() == generators[1], "Python's generator moved")

@@ -250,30 +250,41 @@ class Text:
         return [d.name for d in self.judge_docs]
 
 
-def text(spec: str, tokenizer: Any, *, context: int = 512, fit_tokens: int = 400_000, judge_tokens: int = 20_000, batch: int = 8) -> Text:
+def text(spec: str | Iterable[Document], tokenizer: Any, *, context: int = 512, fit_tokens: int = 400_000, judge_tokens: int = 20_000, batch: int = 8) -> Text:
     """Documents of `spec`, split by name into text to fit on and text to judge on, packed into windows of `context` tokens.
 
+    Where no name falls on one of the sides, a tenth of the documents is held out; of a lone document, its last tenth.
+
     Args:
-        spec: as for `documents`.
+        spec: as for `documents`, or the documents themselves.
         fit_tokens, judge_tokens: most tokens of each; 0 takes all. Those to judge on come from as many documents as they allow.
         batch: windows a batch.
 
     Raises:
-        BadInput: nothing to read, fewer than two documents, or text shorter than one context.
+        BadInput: nothing to read, or text shorter than one context on either side.
     """
-    fit_docs, judge_docs = split(documents(spec), held_out=0.1)
+    fit_docs, judge_docs = split(documents(spec) if isinstance(spec, str) else spec, held_out=0.1)
     if not judge_docs or not fit_docs:
         both = [*fit_docs, *judge_docs]
-        if len(both) < 2:
-            raise BadInput(f"data {spec!r} holds {len(both)} document; at least two are needed, one to fit on and one to judge on")
+        both = both if len(both) > 1 else [part for document in both for part in _cut(document)]
+        if not both:
+            raise BadInput("no documents; give text to fit on and to judge on")
         middle = max(1, len(both) // 10)
         fit_docs, judge_docs = both[middle:], both[:middle]
     judge_docs = _mixed(judge_docs)
     fit = list(pack(_mixed(fit_docs), tokenizer, context, batch, max_tokens=fit_tokens or None))
-    each = max(context // 2, 2 * judge_tokens // len(judge_docs)) if judge_tokens else None
+    each = max(context // 2, 2 * max(judge_tokens, context) // len(judge_docs)) if judge_tokens else None
     judge = list(pack(judge_docs, tokenizer, context, batch, max_tokens=judge_tokens or None, each=each))
     read = 1 + max(int(b.doc.max()) for b in judge)
     return Text(fit, judge, [d.name for d in fit_docs], judge_docs[:read])
+
+
+def _cut(document: Document) -> list[Document]:
+    """(end, start): the last tenth of a lone document, from a line's beginning where one is near, and what comes before."""
+    at = len(document.text) * 9 // 10
+    line = document.text.find("\n", at, at + 1000) + 1
+    at = line or at
+    return [Document(f"{document.name} (end)", document.text[at:]), Document(f"{document.name} (start)", document.text[:at])]
 
 
 def _mixed(docs: list[Document]) -> list[Document]:

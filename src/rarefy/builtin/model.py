@@ -21,11 +21,16 @@ def builtin_folder() -> Path:
 
 def recall_model() -> Any:
     """The two-layer model of tasks/recall.py, trained by scripts/train_recall.py; float32, for evaluation."""
-    from transformers import LlamaForCausalLM
+    import torch
+    from safetensors.torch import load_file
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     if not (_RECALL / "model.safetensors").exists():
         raise BadInput("the recall model is missing from this installation; reinstall rarefy, or make it with scripts/train_recall.py")
-    return LlamaForCausalLM.from_pretrained(_RECALL, use_safetensors=True, local_files_only=True).eval()
+    with torch.random.fork_rng(devices=[]):                    # drawing the weights that are about to be replaced
+        model = LlamaForCausalLM(LlamaConfig.from_pretrained(_RECALL, local_files_only=True))
+    model.load_state_dict(load_file(_RECALL / "model.safetensors"))
+    return model.eval()
 
 
 def card() -> dict[str, Any]:

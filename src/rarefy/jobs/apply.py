@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..errors import BadInput
 from ..fit import calibrate
 from ..weights.apply import apply as bake
+from ..weights.linear import MaskedLinear
 from .build import check_names, make_plan
 from .models import open_for_work, read_text
 from .screen import Screen
@@ -56,7 +57,7 @@ def apply(request: ApplyRequest, *, screen: Screen) -> ApplyResult:
         raise BadInput(f"{request.out} is not empty; choose another --out")
     with screen.stage("open the model"):
         opened = open_for_work(request.model)
-    plan = make_plan(opened.model, card, request.site, request.budget, request.settings)
+    plan = cast(dict[str, MaskedLinear], make_plan(opened.model, card, request.site, request.budget, request.settings))
     with screen.stage("read text"):
         text = read_text(request.data, opened, context=request.context, fit_tokens=request.calibration, judge_tokens=1)
     if request.share != "uniform":
@@ -75,7 +76,7 @@ def apply(request: ApplyRequest, *, screen: Screen) -> ApplyResult:
     return ApplyResult(request.out, len(plan), kept)
 
 
-def _shared(request: ApplyRequest, card: Any, opened: Any, plan: dict[str, Any], text: Any) -> dict[str, Any]:
+def _shared(request: ApplyRequest, card: Any, opened: Any, plan: dict[str, MaskedLinear], text: Any) -> dict[str, MaskedLinear]:
     """The plan with each site's own budget, by a rule over the sites' weight scores."""
     from ..budget import share
 

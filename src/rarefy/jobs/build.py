@@ -18,11 +18,52 @@ DEFAULT_SITES = {"weight": "layers.*.*_proj", "neuron": "layers.*.*_proj", "key"
 KINDS = {"latent": "stream", "weight": "linear", "neuron": "linear", "key": "attention", "key block": "attention"}
 
 
+FILLED_IN = {"latent": {"d_in", "d_out", "width", "k", "seed"}, "weight": {"d_in", "d_out", "bias", "budget"}}
+FILLED_IN |= {"neuron": FILLED_IN["weight"], "key": {"budget"}, "key block": {"budget"}}
+"""Unit -> constructor arguments that a command fills in itself, from its own options or from the model."""
+
+
 def check_names(names: list[str]) -> list[Entry]:
-    """Cards of the methods named; BadInput for an unknown one or none."""
+    """Cards of the methods named; BadInput for an unknown one, one named twice, or none."""
     if not names:
         raise BadInput("no method named; `rarefy methods` lists them")
+    twice = [name for i, name in enumerate(names) if name in names[:i]]
+    if twice:
+        raise BadInput(f"{twice[0]} is named twice; name each method once")
     return [entry(name) for name in names]
+
+
+def check_budget(budget: float) -> None:
+    """Raise BadInput unless the budget is a fraction of units to keep."""
+    if not 0 < budget <= 1:
+        raise BadInput(f"budget={budget} must be in (0, 1]: the fraction of units kept")
+
+
+def takes(card: Entry) -> list[str]:
+    """A method's own arguments: those of its constructor that no command fills in."""
+    return sorted(_arguments(card) - FILLED_IN[card.unit])
+
+
+def check_settings(cards: list[Entry], settings: Mapping[str, Any]) -> None:
+    """Raise BadInput for a setting that none of the methods takes, or that is no plain value."""
+    for name, value in settings.items():
+        if not isinstance(value, bool | int | float | str):
+            raise BadInput(f"--set {name}: {value!r} is a {type(value).__name__}; give a number, true, false or a word")
+        if any(name in takes(card) for card in cards):
+            continue
+        if any(name in _arguments(card) & FILLED_IN[card.unit] for card in cards):
+            raise BadInput(f"--set {name}: a method's {name} comes from the model or from an option of its own, --{name}")
+        own = "; ".join(f"{card.name} has {', '.join(takes(card)) or 'none'}" for card in cards)
+        raise BadInput(f"no argument {name!r} to --set; {own}")
+
+
+def settings_for(card: Entry, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that this method takes, where they were given to several methods at once."""
+    return {name: value for name, value in settings.items() if name in takes(card)}
+
+
+def _arguments(card: Entry) -> set[str]:
+    return set(inspect.signature(inspect.unwrap(card.load().__init__)).parameters) - {"self"}
 
 
 def places(model: nn.Module, card: Entry, pattern: str) -> dict[str, Site]:
@@ -36,21 +77,23 @@ def places(model: nn.Module, card: Entry, pattern: str) -> dict[str, Site]:
     return found
 
 
-def _accepted(card: Entry, cls: type[Sparse], given: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments the constructor takes out of those given; a setting it does not take is refused by name."""
-    takes = set(inspect.signature(inspect.unwrap(cls.__init__)).parameters) - {"self"}
-    unknown = [name for name in settings if name not in takes]
-    if unknown:
-        raise BadInput(f"{card.name} has no argument {unknown[0]!r}; it has {', '.join(sorted(takes))}")
-    return {**{k: v for k, v in given.items() if k in takes}, **settings}
+def _own(card: Entry, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, if the method takes all of them."""
+    for name in settings:
+        if name not in takes(card):
+            raise BadInput(f"{card.name} has no argument {name!r} to set; it has {', '.join(takes(card)) or 'none'}")
+    return dict(settings)
 
 
 def dictionary(card: Entry, d: int, *, width: int, k: int, seed: int, settings: Mapping[str, Any], d_out: int = 0) -> Sparse:
-    """A dictionary of `width` latents for rows of d."""
-    if width < k:
+    """A dictionary of `width` latents for rows of d; with d_out, a transcoder to rows of that width."""
+    there = _arguments(card)
+    if "k" in there and width < k:
         raise BadInput(f"width={width} is smaller than k={k}: a token cannot activate more latents than there are")
-    cls = card.load()
-    return cls(**_accepted(card, cls, {"d_in": d, "width": width, "k": k, "seed": seed, "d_out": d_out}, settings))
+    if d_out and "d_out" not in there:
+        raise BadInput(f"{card.name} gives back what it reads and has no form that reproduces another site; leave it out")
+    given = {"d_in": d, "width": width, "k": k, "seed": seed, "d_out": d_out}
+    return card.load()(**{name: value for name, value in given.items() if name in there}, **_own(card, settings))
 
 
 def plan(name: str, model: nn.Module, budget: float = 0.5, site: str = "", **settings: Any) -> dict[str, Sparse]:
@@ -66,16 +109,15 @@ def plan(name: str, model: nn.Module, budget: float = 0.5, site: str = "", **set
 
 def make_plan(model: nn.Module, card: Entry, pattern: str, budget: float, settings: Mapping[str, Any]) -> dict[str, Sparse]:
     """Site -> unfitted method at one budget, for weights, neurons and attention."""
-    if not 0 < budget <= 1:
-        raise BadInput(f"budget={budget} must be in (0, 1]: the fraction of units kept")
+    check_budget(budget)
     if card.unit == "latent":
         raise BadInput(f"{card.name} has a width and k, not only a budget; train it with `rarefy fit` and then `rarefy judge`")
-    cls = card.load()
+    cls, own = card.load(), _own(card, settings)
     plan: dict[str, Sparse] = {}
     for name, site in places(model, card, pattern).items():
         if site.kind == "attention":
-            plan[name] = cls(**_accepted(card, cls, {"budget": budget}, settings))
+            plan[name] = cls(budget=budget, **own)
         else:
-            plan[name] = cls.for_module(model.get_submodule(site.module_path), budget=budget, **settings)
+            plan[name] = cls.for_module(model.get_submodule(site.module_path), budget=budget, **own)
         plan[name].eval()
     return plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from ..catalogue import entry
 from ..fit import Recipe, train
 from ..frontier import Frontier, Judge, Point
 from ..frontier import sweep as measure_all
+from ..latents.random import RandomDictionary
+from ..latents.topk import TopK
 from ..site import capture, replaced
 from ..store.methods import save
 from ..store.run import Run
@@ -129,7 +131,7 @@ def _latents(out: Path, steps: int, opened: Opened, text: Text, judge: Judge, sc
         lost = ablate(judge, SITE)
         for made, role in ((method, "method"), (random, "baseline")):
             for k in (8, 16, 32, 64):
-                other = copy.deepcopy(made)
+                other = copy.deepcopy(cast(TopK | RandomDictionary, made))
                 other.k = k
                 note = "" if k == K else f"the dictionary trained at k = {K}, read with {k} latents"
                 points.append(judge_dictionary(judge, SITE, other, lost, role=role, note=note))
@@ -227,15 +229,17 @@ def _verdict(unit: str, points: list[Point]) -> str:
         return ""
     return (
         f"With {K} of {WIDTH:,} latents active, latents/topk keeps {ours.metrics['loss_recovered'].mean:.1%} of the loss that zero ablation costs "
-        f"(FVU {ours.metrics['fvu'].mean:.3f}, {ours.metrics['dead'].mean:.1%} dead); random directions keep {random.metrics['loss_recovered'].mean:.1%} (FVU {random.metrics['fvu'].mean:.3f})."
+        f"(FVU {ours.metrics['fvu'].mean:.3f}, {ours.metrics['dead'].mean:.1%} dead); "
+        f"random directions keep {random.metrics['loss_recovered'].mean:.1%} (FVU {random.metrics['fvu'].mean:.3f})."
     )
 
 
 def _notes(concepts: dict[str, Any]) -> list[str]:
     return [
-        f"{concepts['above_0.8']} latents track one of {concepts['of']} Python concepts with F1 above 0.8; concept and threshold were chosen on one half of the "
-        "held-out files and measured on the other.",
+        f"{concepts['above_0.8']} latents track one of {concepts['of']} Python concepts with F1 above 0.8; concept and threshold were chosen on "
+        "one half of the held-out files and measured on the other.",
         "Intervals are 95 % over held-out documents. A method's place is clear only where intervals do not overlap.",
         "Costs are counted from shapes for the layers a method replaces, a token, at batch 1; selection is included.",
-        "weights/*: unstructured masks per output row. neurons/*: every linear layer's input. attention/*: every layer, each query choosing its own keys.",
+        "weights/*: unstructured masks per output row. neurons/*: every linear layer's input. attention/*: every layer, each query "
+        "choosing its own keys.",
     ]

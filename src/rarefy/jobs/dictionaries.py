@@ -5,14 +5,16 @@ Shape letters: B = windows, T = tokens, N = B*T rows, D = width, F = latents, K 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..fidelity import Interval, Reconstruction
 from ..frontier import Judge, Point
+from ..latents.dictionary import Dictionary
 from ..method import Sparse
 from ..site import capture, sites
 
@@ -134,9 +136,19 @@ class TopContexts:
         self.value_FK, self.at_FK = value[first], at[first]
 
 
+class Reading(Protocol):
+    """What `describe` reads: a model and text for it. A Judge is one."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def batches(self) -> Sequence[Any]: ...
+
+
 @torch.no_grad()
 def describe(
-    judge: Judge, site: str, method: Sparse, tokenizer: Any, *, labels: list[Any] | None = None, sides: list[Tensor] | None = None,
+    reading: Reading, site: str, method: Dictionary, tokenizer: Any, *, labels: list[Any] | None = None, sides: list[Tensor] | None = None,
     doc_names: list[str] | None = None, around: int = 14, keep: int = 6,
 ) -> dict[str, Any]:
     """What a report says of each latent: density, histogram, logits, top contexts, best concept.
@@ -147,11 +159,11 @@ def describe(
     width = int(method.arguments["width"])
     top = TopContexts(width, keep)
     scores = None
-    ids_L, acts = torch.cat([b.input_ids.flatten() for b in judge.batches]), []
+    ids_L, acts = torch.cat([b.input_ids.flatten() for b in reading.batches]), []
     offset = 0
-    for i, batch in enumerate(judge.batches):
+    for i, batch in enumerate(reading.batches):
         keep_BT = rows_of(batch)
-        x_ND = capture(judge.model, [site], input_ids=batch.input_ids)[site][keep_BT]
+        x_ND = capture(reading.model, [site], input_ids=batch.input_ids)[site][keep_BT]
         at_N = keep_BT.flatten().nonzero()[:, 0] + offset
         latent_M, value_M, row_M = active(method, x_ND)
         top.add(latent_M, value_M, at_N[row_M], len(x_ND))
@@ -159,14 +171,14 @@ def describe(
         if labels is not None and sides is not None:
             scores = _observe(scores, width, labels[i], keep_BT, sides[i], latent_M, value_M, row_M)
         offset += batch.input_ids.numel()
-    context = judge.batches[0].input_ids.shape[1]
-    doc_L = torch.cat([b.doc.flatten() for b in judge.batches])
+    context = reading.batches[0].input_ids.shape[1]
+    doc_L = torch.cat([b.doc.flatten() for b in reading.batches])
     at_M, latent_M, value_M = (torch.cat(parts).long() if i < 2 else torch.cat(parts).float() for i, parts in enumerate(zip(*acts, strict=True)))
     kept = _Kept(ids_L, doc_L, doc_names, context, latent_M * len(ids_L) + at_M, value_M)
     return {
         **_table(top, scores), "site": site, "method": method.name, "width": width,
         "tokens": [tokenizer.decode([i]) for i in range(len(tokenizer))],
-        "top": _tops(top, kept, around, _histograms(top, latent_M, value_M), _logits(judge.model, method)),
+        "top": _tops(top, kept, around, _histograms(top, latent_M, value_M), _logits(reading.model, method)),
     }
 
 
@@ -193,7 +205,7 @@ def _table(top: TopContexts, scores: Any) -> dict[str, Any]:
     return {"table": table, "concepts": names}
 
 
-def _logits(model: nn.Module, method: Sparse, most: int = 8) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _logits(model: Any, method: Dictionary, most: int = 8) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tokens that each latent's decoder row raises and lowers most, through the final norm's gain and the unembedding."""
     head = model.get_output_embeddings().weight
     gain = getattr(getattr(model.get_decoder(), "norm", None), "weight", torch.ones(head.shape[1]))
@@ -202,9 +214,11 @@ def _logits(model: nn.Module, method: Sparse, most: int = 8) -> tuple[Tensor, Te
         logits_FV = (rows * gain.float()) @ head.float().T
         logits_FV = logits_FV - logits_FV.mean(-1, keepdim=True)
         v, i = logits_FV.topk(most)
-        up_v.append(v), up_i.append(i)
+        up_v.append(v)
+        up_i.append(i)
         v, i = (-logits_FV).topk(most)
-        down_v.append(-v), down_i.append(i)
+        down_v.append(-v)
+        down_i.append(i)
     return torch.cat(up_v), torch.cat(up_i), torch.cat(down_v), torch.cat(down_i)
 
 

@@ -1,21 +1,37 @@
-"""`rarefy fit`: train dictionaries on activations, or calibrate methods, into a run folder."""
+"""`rarefy fit`: train dictionaries on activations, or calibrate methods, into a run folder.
+
+Shape letters: N = contexts or rows, T = tokens of a context, D = width.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from torch import Tensor
+
+from ..builtin.corpus import Text
 from ..catalogue import Entry
-from ..errors import BadInput
+from ..errors import BadInput, Damaged
 from ..fit import Recipe, calibrate, train
 from ..method import Sparse, positive
+from ..places import known_sites, sites
+from ..site import capture
+from ..store.lines import read_lines
 from ..store.methods import load, save
-from ..store.run import Run
+from ..store.shards import ActivationStore
+from ..store.writer import ActivationWriter, store_name
 from ..streams import LiveStream, StoreStream, Stream, windows
-from .build import check_names, dictionary, make_plan, places
-from .models import Opened, Text, open_for_work, read_text
+from .build import check_budget, check_names, check_settings, dictionary, make_plan, places, settings_for
+from .folder import refuse_early, run_folder
+from .models import Opened, check_context, cut_text, digest, opened, probe, read_documents
 from .screen import Screen
+
+AT_ONCE, SKIP = 16, 1
+"""Contexts a forward pass of writing a store, and positions left out of each: see LiveStream."""
 
 
 @dataclass
@@ -42,24 +58,72 @@ class FitRequest:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
-        """Plain JSON, without the folder it goes to."""
-        return {**asdict(self), "out": self.out.name}
+        """Plain JSON, without the folder it goes to: a run may be moved."""
+        return {key: value for key, value in asdict(self).items() if key != "out"}
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], out: Path) -> Self:
+        """The reverse of `record`."""
+        try:
+            return cls(**record, out=out)
+        except TypeError as error:
+            raise Damaged(f"{out} was made by another version of rarefy ({error}); make the run again") from None
+
+    def check(self) -> list[Entry]:
+        """Cards of the methods. Raises BadInput for whatever can be seen to be wrong without a model or data."""
+        cards = check_names(self.methods)
+        latent = [card.unit == "latent" for card in cards]
+        if any(latent) and not all(latent):
+            raise BadInput("fit trains dictionaries or calibrates other methods, not both in one run; give them in two")
+        check_settings(cards, self.settings)
+        check_context(self.context, tokens=self.tokens)
+        if not 0 <= self.seed < 2**63:
+            raise BadInput(f"seed={self.seed} must be a whole number in 0..2**63 - 1")
+        if not all(latent):
+            check_budget(self.budget)
+            if len(cards) > 1:
+                raise BadInput("calibrate one method a run; `rarefy sweep` compares several")
+            for name in ("target", "store"):
+                if getattr(self, name):
+                    raise BadInput(f"--{name} is for dictionaries, and {cards[0].name} selects {cards[0].unit}s; leave it out")
+            return cards
+        self.recipe().check()
+        positive("batch", self.batch)
+        positive("width", self.width)
+        positive("k", self.k)
+        if self.target and self.store:
+            raise BadInput("--store keeps one site's activations; a transcoder (--target) is trained on the fly: leave --store out")
+        for card in cards:                                  # with a width of 1, for the constructor's own checks
+            dictionary(card, 1, width=self.width, k=self.k, seed=0, settings=settings_for(card, self.settings), d_out=int(bool(self.target)))
+        return cards
+
+    def recipe(self) -> Recipe:
+        """How dictionaries are trained."""
+        return Recipe(steps=self.steps, lr=self.lr, precision=self.precision)
 
 
 @dataclass
 class FitResult:
     """What was fitted and where it is."""
 
+    run: Path
     plan: dict[str, Sparse]
+    sites: list[str]
     last: dict[str, Any]
+    """The last training record; empty for methods that are not trained."""
+    before: bool = False
+    """Whether the run was found finished."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON."""
-        return {"schema": 1, "fitted": {k: {"method": m.name, **m.arguments} for k, m in self.plan.items()}, "last": self.last}
+        fitted = {key: {"method": m.name, "arguments": m.arguments} for key, m in self.plan.items()}
+        return {"schema": 1, "run": str(self.run), "finished_before": self.before, "sites": self.sites, "fitted": fitted, "last": self.last}
 
     def show(self, out: Path) -> None:
         """Say where the run is and what to do with it."""
-        Screen().say(f"fitted {len(self.plan)} method{'s' if len(self.plan) > 1 else ''} into {out}; next: rarefy judge {out}")
+        what = f"{len(self.plan)} method{'s' if len(self.plan) > 1 else ''}"
+        done = f"{out} is finished already, with {what}" if self.before else f"fitted {what} into {out}"
+        Screen().say(f"{done}; next: rarefy judge {out}")
 
 
 def method_folder(run: Path, key: str) -> Path:
@@ -70,94 +134,137 @@ def method_folder(run: Path, key: str) -> Path:
 def saved_plan(run: Path) -> dict[str, Sparse]:
     """Every method a run holds, by key."""
     folder = run / "methods"
-    if not folder.is_dir():
-        raise BadInput(f"{run} holds no fitted method; make one with `rarefy fit ... --out {run}`")
-    return {p.name.replace("__", "/"): load(p) for p in sorted(folder.iterdir()) if not p.name.startswith(".") and (p / "method.json").exists()}
+    names = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
+    if not names:
+        raise BadInput(f"{run} holds no fitted method; run its `rarefy fit` to the end first")
+    return {name.replace("__", "/"): load(folder / name) for name in names}
 
 
 def fit(request: FitRequest, *, screen: Screen) -> FitResult:
     """Do it. Training that finds its own run in `request.out` goes on where that stopped."""
-    cards = check_names(request.methods)
-    latent = [c.unit == "latent" for c in cards]
-    if any(latent) and not all(latent):
-        raise BadInput("fit trains dictionaries or calibrates other methods, not both in one run; give them in two")
-    recipe = Recipe(steps=request.steps, lr=request.lr, precision=request.precision).check()
-    positive("batch", request.batch)
-    if all(latent) and request.width < request.k:
-        raise BadInput(f"width={request.width} is smaller than k={request.k}: a token cannot activate more latents than there are")
-    with screen.stage("open the model"):
-        opened = open_for_work(request.model)
-    with Run(request.out, made={"command": "fit", "request": request.record(), "model": opened.card(), "seed": request.seed}):
-        found = {name for card in cards for name in places(opened.model, card, request.site)}
-        with screen.stage("read text"):
-            text = read_text(request.data, opened, context=request.context, fit_tokens=request.tokens, judge_tokens=1)
-        if all(latent):
-            return _dictionaries(request, recipe, cards, sorted(found), opened, text, screen)
-        return _calibrated(request, cards, opened, text, screen)
+    cards = request.check()
+    refuse_early(request.out, "fit", request.record())
+    docs = read_documents(request.data, screen)
+    model = opened(request.model, screen)
+    found = list(dict.fromkeys(name for card in cards for name in places(model.model, card, request.site)))
+    work = _dictionaries if cards[0].unit == "latent" else _calibrated
+    if work is _dictionaries and len(found) != 1:
+        raise BadInput(f"--site names {len(found)} sites ({', '.join(found[:3])}, ...); train one site a run")
+    target = _target(model, found[0], request.target)
+    text = cut_text(docs, model, screen, context=request.context, fit_tokens=request.tokens, judge_tokens=1)
+    made = {
+        "command": "fit", "request": request.record(), "model": model.card(), "seed": request.seed, "sites": found, "target": target,
+        "text": digest(text.fit),
+    }
+    return work(request, made, cards, model, text, screen)
 
 
-def _calibrated(request: FitRequest, cards: list[Entry], opened: Opened, text: Text, screen: Screen) -> FitResult:
-    if len(cards) > 1:
-        raise BadInput("calibrate one method a run; `rarefy sweep` compares several")
-    plan = make_plan(opened.model, cards[0], request.site, request.budget, request.settings)
-    with screen.stage(f"fit {cards[0].name} at {len(plan)} sites") as update:
-        calibrate(opened.model, plan, text.fit, on_progress=lambda site, n: update(f"{site}, batch {n}"))
-    for name, method in plan.items():
-        save(method, method_folder(request.out, name))
-    return FitResult(plan, {})
+def _target(model: Opened, site: str, asked: str) -> str:
+    """Canonical name of the site to reproduce; "" for the site itself."""
+    if not asked:
+        return ""
+    names = list(sites(model.model, asked))
+    if len(names) > 1:
+        raise BadInput(f"--target names {len(names)} sites ({', '.join(names[:3])}, ...); give one")
+    known = known_sites(model.model)
+    order = list(known)
+    if names[0] in known and known[names[0]].kind != "stream":
+        raise BadInput(f"--target {names[0]} is a {known[names[0]].kind} site; a dictionary reproduces a stream site, such as layers.0.mlp.out")
+    if names[0] in known and site in known and order.index(names[0]) < order.index(site):
+        raise BadInput(f"--target {names[0]} comes before {site} in the model; a transcoder goes forward")
+    return names[0] if names[0] != site else ""
 
 
-def _stream(request: FitRequest, site: str, opened: Opened, text: Text, screen: Screen) -> Stream:
-    ids_NT = windows(text.fit)
-    if not request.store:
-        return LiveStream(opened.model, site, ids_NT, request.batch, target=request.target or None, seed=request.seed)
-    from ..store.shards import ActivationStore, ActivationWriter, store_name
+def _finished(run: Path, keys: list[str]) -> dict[str, Sparse] | None:
+    """The run's methods, if all of them were saved and are whole."""
+    with contextlib.suppress(BadInput, Damaged):
+        return {key: load(method_folder(run, key)) for key in keys}
+    return None
 
-    if request.target:
-        raise BadInput("--store keeps one site's activations; a transcoder (--target) is trained on the fly, without --store")
-    made = {"model": opened.card(), "site": site, "data": request.data, "tokens": request.tokens, "context": request.context}
-    folder = request.out / "activations" / store_name(made)
-    source = LiveStream(opened.model, site, ids_NT, request.batch, seed=request.seed)
-    buffers = max(1, len(ids_NT) // source.buffer)
-    with screen.stage("write activations") as update, ActivationWriter(folder, d=source.fill(0)[0].shape[1], dtype="float32", made_from=made) as writer:
-        there = writer.rows                                # an interrupted write goes on after what it acknowledged
-        for number in range(buffers):
-            rows_ND = source.fill(number)[0] if there < (number + 1) * source.rows else None
-            if rows_ND is not None:
-                writer.append(rows_ND[max(0, there - number * source.rows) :])
-            update(f"{writer.rows:,} rows")
-    return StoreStream(ActivationStore(folder, made_from=made), request.batch, seed=request.seed)
+
+# ----------------------------------------------------------------------------------------------------- calibration
+
+
+def _calibrated(
+    request: FitRequest, made: dict[str, Any], cards: list[Entry], model: Opened, text: Text, screen: Screen,
+) -> FitResult:
+    plan = make_plan(model.model, cards[0], request.site, request.budget, request.settings)
+    probe(model, text)
+    with run_folder(request.out, made) as run:
+        if run.resumed and (there := _finished(request.out, list(plan))):
+            return FitResult(request.out, there, list(there), {}, True)
+        with screen.stage(f"fit {cards[0].name} at {len(plan)} sites") as update:
+            calibrate(model.model, plan, text.fit, on_progress=lambda site, n: update(f"{site}, batch {n}"))
+        for name, method in plan.items():
+            save(method, method_folder(request.out, name))
+    return FitResult(request.out, plan, list(plan), {})
+
+
+# ------------------------------------------------------------------------------------------------------- training
 
 
 def _dictionaries(
-    request: FitRequest, recipe: Recipe, cards: list[Entry], found: list[str], opened: Opened, text: Text, screen: Screen,
+    request: FitRequest, made: dict[str, Any], cards: list[Entry], model: Opened, text: Text, screen: Screen,
 ) -> FitResult:
-    if len(found) != 1:
-        raise BadInput(f"--site names {len(found)} sites ({', '.join(found[:4])}, ...); train one site a run")
-    site = found[0]
-    from ..site import sites
-
-    d_out = sites(opened.model, request.target)[request.target].d if request.target else 0
-    d_in = sites(opened.model, site)[site].d
+    (site,), target = made["sites"], made["target"]
+    widths = {name: value.shape[-1] for name, value in probe(model, text, [site, target] if target else [site]).items()}
     plan = {
-        c.name: dictionary(c, d_in, width=request.width, k=request.k, seed=request.seed, settings=request.settings, d_out=d_out)
-        for c in cards
+        card.name: dictionary(
+            card, widths[site], width=request.width, k=request.k, seed=request.seed, settings=settings_for(card, request.settings),
+            d_out=widths[target] if target else 0,
+        )
+        for card in cards
     }
-    trained = {name: m for name, m in plan.items() if m.fitted == "trained"}
-    stream = _stream(request, site, opened, text, screen)
+    live = LiveStream(model.model, site, windows(text.fit), request.batch, target=target or None, seed=request.seed)
+    with run_folder(request.out, made) as run:
+        log = request.out / "log.jsonl"
+        if run.resumed and (there := _finished(request.out, list(plan))):
+            records = read_lines(log) if log.exists() else []
+            return FitResult(request.out, there, [site], records[-1] if records else {}, True)
+        stream = _stored(request, live, made, widths[site], screen) if request.store else live
+        last = _train(request, {name: m for name, m in plan.items() if m.fitted == "trained"}, stream, site, screen)
+        for name, method in plan.items():
+            if method.fitted == "none":
+                method.initialise(*next(stream.batches()))
+            save(method.eval(), method_folder(request.out, name))
+    return FitResult(request.out, plan, [site], last)
+
+
+def _train(request: FitRequest, plan: dict[str, Sparse], stream: Stream, site: str, screen: Screen) -> dict[str, Any]:
+    """The last record of training."""
     last: dict[str, Any] = {}
-    if trained:
-        with screen.stage(f"train {', '.join(trained)} at {site}") as update:
+    if plan:
+        with screen.stage(f"train {', '.join(plan)} at {site}") as update:
             def on_log(record: dict[str, Any]) -> None:
                 last.update(record if "methods" in record else {})
                 update(progress(record))
 
-            train(trained, stream, recipe, request.out, on_log=on_log)
-    for name, method in plan.items():
-        if method.fitted == "none":
-            method.initialise(next(stream.batches())[0])
-        save(method.eval(), method_folder(request.out, name))
-    return FitResult(plan, last)
+            train(plan, stream, request.recipe(), request.out, on_log=on_log)
+    return last
+
+
+def _stored(request: FitRequest, live: LiveStream, made: dict[str, Any], d: int, screen: Screen) -> StoreStream:
+    """The stream's activations on disk, each context's once, and a stream of them."""
+    from_ = {"model": made["model"], "site": live.site, "text": made["text"], "context": request.context, "skip": SKIP}
+    folder = request.out / "activations" / store_name(from_)
+    ids_NT: Tensor = live.windows_NT
+    rows = (ids_NT.shape[1] - SKIP) * AT_ONCE
+    if not _closed(folder):
+        with screen.stage(f"write activations of {live.site}") as update, ActivationWriter(folder, d, "float32", from_) as writer:
+            there = writer.rows                             # an interrupted write goes on after what it acknowledged
+            for number, ids_BT in enumerate(ids_NT.split(AT_ONCE)):
+                if there < (number + 1) * rows:
+                    x_ND = capture(live.model, [live.site], input_ids=ids_BT)[live.site][:, SKIP:].flatten(0, 1).float()
+                    writer.append(x_ND[max(0, there - number * rows) :])
+                update(f"{writer.rows:,} rows")
+    return StoreStream(ActivationStore(folder, made_from=from_), request.batch, seed=request.seed)
+
+
+def _closed(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    with ActivationStore(folder) as store:
+        return store.closed
 
 
 def progress(record: dict[str, Any]) -> str:

@@ -53,7 +53,8 @@ def judge(run: Path, against: list[str], *, data: str, tokens: int, screen: Scre
     with screen.stage("open the model"):
         opened = open_for_work(request["model"])
         if opened.info.sha256 != made["model"]["sha256"]:
-            raise BadInput(f"{run} was fitted to a model with other weights ({made['model']['sha256'][:12]}) than {request['model']} has now ({opened.info.sha256[:12]})")
+            then, now = made["model"]["sha256"][:12], opened.info.sha256[:12]
+            raise BadInput(f"{run} was fitted to a model with other weights ({then}) than {request['model']} has now ({now})")
     with screen.stage("read text"):
         text = read_text(data or request["data"], opened, context=request["context"], fit_tokens=request["tokens"], judge_tokens=tokens)
     with screen.stage("dense model") as update:
@@ -66,10 +67,10 @@ def judge(run: Path, against: list[str], *, data: str, tokens: int, screen: Scre
     said = verdict(points)
     unit = next(iter(plan.values())).unit
     plural = {"latent": "latents", "weight": "weights", "neuron": "neurons"}.get(unit, "attention")
-    axes = {"x": ("l0", "latents active a token")} if unit == "latent" else {}
+    x = ("l0", "latents active a token") if unit == "latent" else ("density", "fraction kept")
     report = page(
         f"{run.name}: {', '.join(sorted({p.method for p in points if p.role == 'method'}))}", opened, text, data or request["data"],
-        [unit_panel(plural, points, said, **axes)], screen, points=points, log=run / "log.jsonl", latents=latents,
+        [unit_panel(plural, points, said, x=x)], screen, points=points, log=run / "log.jsonl", latents=latents,
     )
     write_report(run, report)
     Frontier(points).save(run / "points.jsonl")

@@ -27,6 +27,9 @@ class BatchTopK(TopK):
 
     name = "latents/batch_topk"
 
+    tau: Tensor
+    seen: Tensor
+
     def __init__(
         self, d_in: int, width: int, k: int = 32, d_out: int = 0, aux_alpha: float = 1 / 32, aux_k: int = 0,
         dead_after: int = 10_000_000, momentum: float = 0.99, seed: int = 0,

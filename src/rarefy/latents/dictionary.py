@@ -31,6 +31,11 @@ class Dictionary(Sparse):
 
     unit = "latent"
     fitted = "trained"
+    row_counters = ("idle_F",)
+
+    scale: Tensor
+    scale_out: Tensor
+    idle_F: Tensor
 
     def __init__(self, d_in: int, width: int, d_out: int = 0, seed: int = 0) -> None:
         super().__init__()

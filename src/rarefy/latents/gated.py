@@ -28,6 +28,8 @@ class Gated(Dictionary):
 
     name = "latents/gated"
 
+    steps: Tensor
+
     def __init__(
         self, d_in: int, width: int, d_out: int = 0, l1: float = 0.02, warmup: int = 100, dead_after: int = 1_000_000, seed: int = 0,
     ) -> None:

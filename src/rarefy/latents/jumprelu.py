@@ -31,6 +31,8 @@ class JumpReLU(Dictionary):
 
     name = "latents/jumprelu"
 
+    steps: Tensor
+
     def __init__(
         self, d_in: int, width: int, d_out: int = 0, sparsity: float = 0.002, target_l0: float = 0, theta: float = 0.001,
         bandwidth: float = 0.001, warmup: int = 100, dead_after: int = 1_000_000, seed: int = 0,

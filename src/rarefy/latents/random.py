@@ -22,6 +22,8 @@ class RandomDictionary(Dictionary):
     name = "latents/random"
     fitted = "none"
 
+    factor: Tensor
+
     def __init__(self, d_in: int, width: int, k: int = 32, seed: int = 0) -> None:
         super().__init__(d_in, width, 0, seed)
         self.k = positive("k", k, width)

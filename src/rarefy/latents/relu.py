@@ -25,6 +25,8 @@ class ReLU(Dictionary):
 
     name = "latents/relu"
 
+    steps: Tensor
+
     def __init__(
         self, d_in: int, width: int, d_out: int = 0, l1: float = 0.02, warmup: int = 100, dead_after: int = 1_000_000, seed: int = 0,
     ) -> None:

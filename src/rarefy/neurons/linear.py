@@ -42,7 +42,7 @@ class InputSparseLinear(Sparse):
         made = cls(*columns_IO.shape, bias=bias is not None, **arguments).to(columns_IO)
         with torch.no_grad():
             made.columns_IO.copy_(columns_IO)
-            if bias is not None:
+            if bias is not None and made.bias_O is not None:
                 made.bias_O.copy_(bias)
         made.adopt()
         return made

@@ -15,6 +15,8 @@ class RandomNeurons(InputSparseLinear):
 
     name = "neurons/random"
 
+    index_K: Tensor
+
     def __init__(self, d_in: int, d_out: int, budget: float = 0.5, bias: bool = True, seed: int = 0) -> None:
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
             raise BadInput(f"seed={seed!r} must be a whole number in 0..2**63 - 1")

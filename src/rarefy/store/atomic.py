@@ -22,7 +22,7 @@ def write_atomic(path: str | Path, data: bytes, fs: FS = DISK) -> None:
             fs.sync(part)
             fs.rename(part, path)
             fs.sync_dir(path.parent)
-        except OSError:
+        except BaseException:  # Ctrl-C too leaves nothing behind
             if fs.exists(part):
                 fs.remove(part)
             raise

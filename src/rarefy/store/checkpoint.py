@@ -81,7 +81,7 @@ def save_checkpoint(
             fs.sync_dir(part)
             fs.rename(part, final)
             fs.sync_dir(root)
-        except OSError:
+        except BaseException:  # Ctrl-C too leaves nothing behind
             if fs.exists(part):
                 fs.rmtree(part)
             raise

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,15 +66,37 @@ class FS:
         return os.path.lexists(path)
 
     def size(self, path: Path) -> int:
-        """Bytes of a file."""
-        return path.stat().st_size
+        """Bytes of a regular file; OSError for anything else."""
+        return _regular(path.stat(), path).st_size
 
     def read(self, path: Path) -> bytes:
-        """All bytes of a file."""
-        return path.read_bytes()
+        """All bytes of a regular file; OSError for anything else."""
+        with os.fdopen(open_regular(path), "rb") as file:
+            return file.read(os.fstat(file.fileno()).st_size)
 
 
 DISK = FS()
+
+
+def open_regular(path: Path, *, follow: bool = True) -> int:
+    """A descriptor to read a regular file by. A pipe, on which opening would wait, or a device, which has no end, is refused.
+
+    `follow`: whether the name may be a link; links elsewhere than in a store's shards are how the Hub's cache holds files.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+    fd = os.open(path, flags if follow else flags | getattr(os, "O_NOFOLLOW", 0))
+    try:
+        _regular(os.fstat(fd), path)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _regular(found: os.stat_result, path: Path) -> os.stat_result:
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return found
 
 
 def _write_all(fd: int, data: bytes | memoryview) -> None:
@@ -107,7 +131,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        hint = "free some space" if error.errno == 28 else "choose a folder that can be written"
+        hint = "free some space" if error.errno == errno.ENOSPC else "choose a folder that can be written"
         raise BadInput(
             f"cannot write {path}: {error.strerror or error}; {hint}. What was there before is unchanged"
         ) from error
@@ -124,3 +148,5 @@ def read_bounded(path: Path, most: int, fs: FS = DISK) -> bytes:
         raise Damaged(f"{path} is missing") from error
     except OSError as error:
         raise Damaged(f"{path} cannot be read: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise Damaged(f"{path} claims {size} bytes, more than fit into this machine's memory") from error

@@ -23,6 +23,7 @@ COMMIT = 1 << 63
 MOST_SHARD_ROWS = 1 << 19
 """A shard's rows at most: its commit records, of which a row has at most one, then take at most 16 MiB."""
 MOST_BLOCK_BYTES = 1 << 26
+CUT_OFF = "start the same writing again: it goes on from the last row that reached the disk"
 _SHARD = re.compile(r"shard-(\d{6})\.(data|index)")
 _NAME = re.compile(r"acts-[0-9a-f]{32}")
 _P = 0x9E3779B97F4A7C15
@@ -123,7 +124,7 @@ def read_layout(root: Path, fs: FS = DISK) -> Layout:
     """store.json, checked; Damaged otherwise. A directory named like a store must be named after its made_from."""
     path = root / STORE
     document = read_sealed(path, FORMAT, fs=fs)
-    whole = {key: document.get(key) for key in ("d", "block_rows", "shard_rows")}
+    whole: dict[str, Any] = {key: document.get(key) for key in ("d", "block_rows", "shard_rows")}
     if any(type(v) is not int or not 0 < v < 1 << 40 for v in whole.values()):
         raise Damaged(f"{path}: d, block_rows and shard_rows must be whole numbers in 1..2^40, not {str(whole)[:200]}")
     made, ident, dtype = document.get("made_from"), document.get("id"), document.get("dtype")
@@ -163,11 +164,14 @@ def shard_numbers(root: Path, fs: FS = DISK) -> int:
         raise Damaged(f"{data_path(root, gap)} is missing")
     for number in range(count):
         for kind in ("data", "index"):
-            # a crash can leave the last shard's data file, still without rows, before its index is made
-            fresh = kind == "index" and number == count - 1 and fs.size(data_path(root, number)) <= HEADER
-            if (number, kind) not in found and not fresh:
+            if (number, kind) not in found and not (number == count - 1 and _fresh(root, number, kind, fs)):
                 raise Damaged(f"{root / f'shard-{number:06d}.{kind}'} is missing")
     return count
+
+
+def _fresh(root: Path, shard: int, lacks: str, fs: FS) -> bool:
+    """Whether a shard without this file is one whose making a crash or power cut stopped before it had rows."""
+    return fs.size(data_path(root, shard)) <= HEADER if lacks == "index" else fs.size(index_path(root, shard)) == 0
 
 
 def foreign_names(root: Path) -> list[str]:
@@ -192,6 +196,29 @@ class Index:
         return min(size, self.rows - block * size)
 
 
+def parse_records(data: bytes, layout: Layout, shard: int) -> tuple[np.ndarray, np.ndarray, int, str]:
+    """Words [records, 4], rows that each record counts, how many records from the first are sound, and why the next is not."""
+    count = len(data) // RECORD
+    words = np.frombuffer(data, dtype="<u8", count=4 * count).reshape(count, 4)
+    whole = mix(words[:, :3], layout.start(shard)) == words[:, 3]
+    rows = (words[:, 0] & np.uint64(COMMIT - 1)).astype(np.int64)
+    block = (rows - 1) // layout.block_rows
+    before, block_before = np.concatenate([[0], rows[:-1]]), np.concatenate([[-1], block[:-1]])
+    steps = block - block_before
+    follows = (
+        (rows > before)
+        & (rows <= layout.shard_rows)
+        & (steps <= 1)
+        & ((steps == 0) | (before == block * layout.block_rows))
+    )
+    bad = np.flatnonzero(~(whole & follows))
+    if not bad.size:
+        return words, rows, count, ""
+    first = int(bad[0])
+    why = "does not follow from the one before it" if whole[first] else "does not match its checksum: altered or of another shard"
+    return words, rows, first, f"record {first} {why}"
+
+
 def read_index(root: Path, layout: Layout, shard: int, fs: FS = DISK, *, whole: bool = False) -> Index:
     """A shard's records, checked; Damaged unless each is sound and follows from the one before.
 
@@ -201,30 +228,17 @@ def read_index(root: Path, layout: Layout, shard: int, fs: FS = DISK, *, whole: 
     if not fs.exists(path):
         return Index(0, 0, np.empty((0, 2), np.uint64), False)
     data = read_bounded(path, RECORD * (layout.shard_rows + 1), fs)
-    count = len(data) // RECORD
-    words = np.frombuffer(data, dtype="<u8", count=4 * count).reshape(count, 4)
-    bad = np.flatnonzero(mix(words[:, :3], layout.start(shard)) != words[:, 3])
-    if bad.size:
-        raise Damaged(f"{path} is altered or belongs to another shard: record {bad[0]} does not match its checksum")
-    rows = (words[:, 0] & np.uint64(COMMIT - 1)).astype(np.int64)
-    block = (rows - 1) // layout.block_rows
-    before, block_before = np.concatenate([[0], rows[:-1]]), np.concatenate([[-1], block[:-1]])
-    steps = block - block_before
-    sound = (
-        (rows > before)
-        & (rows <= layout.shard_rows)
-        & (steps <= 1)
-        & ((steps == 0) | (before == block * layout.block_rows))
-    )
-    if not sound.all():
-        raise Damaged(f"{path}: record {np.flatnonzero(~sound)[0]} does not follow from the one before it")
+    words, rows, sound, why = parse_records(data, layout, shard)
+    count = len(words)
+    if sound < count:
+        raise Damaged(f"{path}: {why}")
     committed = np.flatnonzero(words[:, 0] >= np.uint64(COMMIT))
     kept = int(committed[-1]) + 1 if committed.size else 0
     if whole:
         kept = count
         if not count or rows[-1] != layout.shard_rows or len(data) % RECORD:
             raise Damaged(f"{path} is truncated: it records {rows[-1] if count else 0} of {layout.shard_rows} rows")
-    last_of_block = np.flatnonzero(np.diff(block[:kept], append=-1))
+    last_of_block = np.flatnonzero(np.diff((rows[:kept] - 1) // layout.block_rows, append=-1))
     total = int(rows[kept - 1]) if kept else 0
     return Index(total, kept, words[last_of_block, 1:3].copy(), kept * RECORD != len(data))
 
@@ -258,7 +272,8 @@ def read_extent(root: Path, layout: Layout, fs: FS = DISK) -> Extent:
         held = layout.shard_rows if shard < shards - 1 else (last.rows if last else 0)
         size, want = fs.size(data_path(root, shard)), HEADER + held * layout.row_bytes
         if size < want or (size > want and (closed is not None or shard < shards - 1)):
-            raise Damaged(f"{data_path(root, shard)} has {size} bytes; its {held} rows take {want}")
+            hint = f"; if the power failed while it was written, {CUT_OFF}" if closed is None and shard == shards - 1 else ""
+            raise Damaged(f"{data_path(root, shard)} has {size} bytes; its {held} rows take {want}{hint}")
     if closed is not None and (closed != rows or files != shards or (last is not None and last.torn)):
         raise Damaged(
             f"{root} was closed with {closed} rows; {rows} are found in {files} shards: a shard is truncated or missing"

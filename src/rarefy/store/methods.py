@@ -63,7 +63,7 @@ def save(method: Sparse, folder: str | Path, *, fs: FS = DISK) -> None:
                 fs.write(part / name, content)
                 fs.sync(part / name)
             fs.sync_dir(part)
-        except OSError:
+        except BaseException:  # Ctrl-C too leaves nothing behind
             if fs.exists(part):
                 fs.rmtree(part)
             raise
@@ -130,7 +130,7 @@ def read_method(folder: Path) -> tuple[dict[str, Any], bytes]:
     listed = card["tensors"]
     wrong = sorted(k for k in {*listed, *held} if listed.get(k) != _described(held.get(k)))
     if wrong:
-        raise Damaged(f"{folder}: {CARD} and {TENSORS} disagree about {', '.join(wrong[:5])}")
+        raise Damaged(f"{folder}: {CARD} and {TENSORS} disagree about {', '.join(repr(k[:80]) for k in wrong[:5])}")
     return card, data
 
 

@@ -45,14 +45,12 @@ class Run:
         self._lock = RunLock(self.folder)
 
     def __enter__(self) -> Self:
-        if DISK.exists(self.folder) and not self.folder.is_dir():
-            raise BadInput(f"{self.folder} is a file; a run needs a folder of its own")
-        self._refuse_foreign()  # before a lock file is put into somebody else's folder
+        refuse_foreign(self.folder)  # before a lock file is put into somebody else's folder
         with writing(self.folder):
             make_dirs(self.folder)
         self._lock.__enter__()
         try:
-            self._refuse_foreign()
+            refuse_foreign(self.folder)
             self._begin()
         except BaseException:
             self._lock.__exit__(None, None, None)
@@ -64,22 +62,11 @@ class Run:
     ) -> None:
         self._lock.__exit__(kind, error, trace)
 
-    def _refuse_foreign(self) -> None:
-        names = DISK.names(self.folder)
-        foreign = [n for n in names if n != LOCK_NAME and not n.startswith(".tmp-")]
-        if foreign and MANIFEST not in names:
-            raise BadInput(f"{self.folder} holds {foreign[0]!r} and is not a run of rarefy; use a new or empty folder")
-
     def _begin(self) -> None:
         path = self.folder / MANIFEST
         if DISK.exists(path):
             old = read_run(self.folder)["made"]
-            lines = diff_meta(old, self.made)
-            barred = [line for line in lines if not self._allowed(line.split(":")[0])]
-            if barred:
-                raise BadInput(
-                    f"{self.folder} was begun with other settings: {'; '.join(barred)}; use another folder, or the same settings"
-                )
+            lines = refuse_changes(self.folder, old, self.made, self.may_change)
             self.resumed = True
             if not lines:
                 return
@@ -92,8 +79,28 @@ class Run:
         }
         write_atomic(path, seal(document))
 
-    def _allowed(self, key: str) -> bool:
-        return any(key == one or key.startswith((f"{one}.", f"{one}[")) for one in self.may_change)
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise BadInput for a file, or for a folder that holds something other than a run. Changes nothing."""
+    if DISK.exists(folder) and not folder.is_dir():
+        raise BadInput(f"{folder} is a file; a run needs a folder of its own")
+    names = DISK.names(folder)
+    foreign = [n for n in names if n != LOCK_NAME and not n.startswith(".tmp-")]
+    if foreign and MANIFEST not in names:
+        raise BadInput(f"{folder} holds {foreign[0]!r} and is not a run of rarefy; use a new or empty folder")
+
+
+def refuse_changes(folder: Path, old: dict[str, Any], new: dict[str, Any], may_change: Collection[str] = ()) -> list[str]:
+    """What differs between two of `made`, a line each; BadInput, with the lines, unless `may_change` allows all of it."""
+
+    def allowed(line: str) -> bool:
+        key = line.split(":")[0]
+        return any(key == one or key.startswith((f"{one}.", f"{one}[")) for one in may_change)
+
+    lines = diff_meta(old, new)
+    if barred := [line for line in lines if not allowed(line)]:
+        raise BadInput(f"{folder} was begun with other settings: {'; '.join(barred)}; use another folder, or the same settings")
+    return lines
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""JSON documents that carry a checksum of their own bytes as their last entry."""
+"""Files that carry a checksum of their own bytes: JSON documents as their last entry, a page in its head."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from .fs import DISK, FS, read_bounded
 
 MOST = 4 << 20
 """Largest document read, in bytes; keeps a hostile file from costing time or memory."""
+MOST_REPORT = 1 << 29
+"""Largest report or page read."""
 _TAIL = re.compile(rb',\n "seal": "([0-9a-f]{32})"\n}\n')
 _TAIL_BYTES = 48
+_META = re.compile(rb'<meta name="rarefy-seal" content="([0-9a-f]{32})">')
 
 
 def seal(document: dict[str, Any]) -> bytes:
@@ -31,6 +35,11 @@ def seal(document: dict[str, Any]) -> bytes:
     body = text.encode()[:-2]  # without its "\n}"
     if len(body) + _TAIL_BYTES > MOST:
         raise BadInput(f"the document has {len(body)} bytes; at most {MOST - _TAIL_BYTES} can be kept")
+    return seal_body(body)
+
+
+def seal_body(body: bytes) -> bytes:
+    """A JSON object that lacks only its closing brace, closed and sealed."""
     return body + b',\n "seal": "' + xxhash.xxh3_128_hexdigest(body).encode() + b'"\n}\n'
 
 
@@ -49,21 +58,37 @@ def read_sealed(path: Path, form: str, version: int = 1, fs: FS = DISK) -> dict[
     """A sealed document of the given format, or Damaged."""
     document = unseal(read_bounded(path, MOST, fs), path)
     if document.get("format") != form:
-        raise Damaged(f"{path} is a {document.get('format')!r}, not a {form!r}")
+        raise Damaged(f"{path} is a {str(document.get('format'))[:80]!r}, not a {form!r}")
     if document.get("version") != version:
-        raise Damaged(f"{path} has format version {document.get('version')!r}; this rarefy reads {version}")
+        raise Damaged(f"{path} has format version {str(document.get('version'))[:80]}; this rarefy reads {version}")
     return document
 
 
 def parse(data: bytes, path: str | Path) -> dict[str, Any]:
-    """Strict JSON object: no NaN, no repeated keys, no deep nesting; Damaged otherwise."""
+    """Strict JSON object: no NaN, no number beyond a float, no repeated keys, no deep nesting; Damaged otherwise."""
     try:
-        out = json.loads(data, object_pairs_hook=_no_repeats, parse_constant=_no_constant)
+        out = json.loads(data, object_pairs_hook=_no_repeats, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path} is not valid JSON: {str(error)[:200]}") from error
     if not isinstance(out, dict):
         raise Damaged(f"{path} holds a {type(out).__name__}, not an object")
     return out
+
+
+def seal_page(page: bytes) -> bytes:
+    """An HTML page with its checksum in its head, where no reader sees it."""
+    head = page.index(b"<title>")
+    return page[:head] + f'<meta name="rarefy-seal" content="{xxhash.xxh3_128_hexdigest(page)}">\n'.encode() + page[head:]
+
+
+def check_page(path: Path) -> None:
+    """Damaged unless the page is as `seal_page` made it."""
+    page = read_bounded(path, MOST_REPORT)
+    found = _META.search(page)
+    if found is None or page[found.end() : found.end() + 1] != b"\n":
+        raise Damaged(f"{path} has no seal: altered, or not written by rarefy")
+    if xxhash.xxh3_128_hexdigest(page[: found.start()] + page[found.end() + 1 :]).encode() != found[1]:
+        raise Damaged(f"{path} is altered: its checksum does not match")
 
 
 def canonical(value: Any) -> bytes:
@@ -79,6 +104,13 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(out) != len(pairs):
         raise ValueError("a key stands twice")
     return out
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is beyond the range of a float")
+    return value
 
 
 def _no_constant(name: str) -> None:

@@ -21,7 +21,7 @@ import xxhash
 from torch import Tensor
 
 from ..errors import BadInput, Damaged
-from .fs import DISK
+from .fs import DISK, open_regular
 from .layout import (
     CLOSED,
     HEADER,
@@ -81,7 +81,7 @@ class ActivationStore:
                 self._extent: Extent = read_extent(self.root, self._layout)
                 break
             except Damaged:
-                # a writer that reopens a closed store takes closed.json away before it adds rows
+                # between looking at one file and the next, a writer begins a shard, or reopens a closed store and adds rows
                 if attempt == 2 or DISK.exists(self.root / CLOSED):
                     raise
         self._indexes.clear()
@@ -213,7 +213,7 @@ class ActivationStore:
             return self._files[shard]
         path = data_path(self.root, shard)
         try:
-            fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
+            fd = open_regular(path, follow=False)
         except OSError as error:
             raise Damaged(f"{path} cannot be read: {error.strerror}") from error
         if os.pread(fd, HEADER, 0) != self._layout.header(shard):

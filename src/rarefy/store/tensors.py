@@ -76,7 +76,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     if sys.byteorder != "little":
         raise Unsupported("this machine is big-endian; rarefy's files are little-endian")
     flat = tensor.detach().to("cpu").contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:

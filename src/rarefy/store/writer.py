@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..errors import BadInput, Damaged
 from .atomic import write_atomic
-from .fs import DISK, FS, make_dirs, writing
+from .fs import DISK, FS, make_dirs, open_regular, writing
 from .layout import (
     CLOSED,
     CLOSED_FORMAT,
@@ -33,6 +34,7 @@ from .layout import (
     store_name,
 )
 from .lock import RunLock
+from .recover import trim
 from .sealed import canonical, seal
 from .tensors import ITEM_BYTES, dtype_name, raw_bytes
 
@@ -187,6 +189,9 @@ class ActivationWriter:
         foreign = foreign_names(self.root)
         if foreign:
             raise Damaged(f"{self.root / foreign[0]} does not belong in a store")
+        if not fs.exists(self.root / CLOSED):
+            with writing(self.root):
+                trim(self.root, self._layout, fs)
         self._recover()
         if fs.exists(self.root / CLOSED):
             with writing(self.root):
@@ -202,21 +207,28 @@ class ActivationWriter:
                 for path in (index_path(self.root, shard), data_path(self.root, shard)):
                     if fs.exists(path):
                         fs.remove(path)
+            if extent.files > extent.shards:
+                fs.sync_dir(self.root)
             self._rows, self._block = extent.rows, xxhash.xxh3_128()
             if extent.last is not None:
                 shard, index = extent.shards - 1, extent.last
                 if index.torn:
-                    fs.truncate(index_path(self.root, shard), index.records * RECORD)
+                    self._cut(index_path(self.root, shard), index.records * RECORD)
                 path = data_path(self.root, shard)
                 if fs.size(path) != HEADER + index.rows * layout.row_bytes:
-                    fs.truncate(path, HEADER + index.rows * layout.row_bytes)
+                    self._cut(path, HEADER + index.rows * layout.row_bytes)
                 self._take_up_block(path, index.rows % layout.block_rows, index.sums)
         self._dirty = False
+
+    def _cut(self, path: Path, size: int) -> None:
+        """Cut a file short, durably, so that no later power cut brings back what followed."""
+        self._fs.truncate(path, size)
+        self._fs.sync(path)
 
     def _take_up_block(self, path: Path, rows: int, sums: Any) -> None:
         if not rows:
             return
-        with open(path, "rb") as file:
+        with os.fdopen(open_regular(path, follow=False), "rb") as file:
             file.seek(-rows * self._layout.row_bytes, 2)
             self._block.update(file.read())
         if self._block.intdigest() != int(sums[-1, 0]) | int(sums[-1, 1]) << 64:

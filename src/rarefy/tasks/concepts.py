@@ -211,6 +211,11 @@ def _docstring(spans: _Spans, node: Any) -> None:
         spans.node("docstring", first.value)
 
 
+def _with(spans: _Spans, node: ast.With) -> None:
+    for item in node.items:
+        spans.node("header of with", item.context_expr)
+
+
 def _nodes(*pairs: tuple[str, str]) -> Callable[[_Spans, Any], None]:
     """A visitor that marks fields of a node (or the node itself, ""), one or a list of them."""
 
@@ -228,7 +233,7 @@ _VISIT: dict[type, Callable[[_Spans, Any], None]] = {
     ast.FunctionDef: _function, ast.AsyncFunctionDef: _function, ast.ClassDef: _class, ast.Call: _call, ast.Import: _import,
     ast.ImportFrom: _import, ast.Attribute: _attribute, ast.If: _nodes(("condition of if", "test")),
     ast.While: _nodes(("header of while", "test")), ast.For: _nodes(("header of for", "target"), ("header of for", "iter")),
-    ast.With: lambda spans, node: [spans.node("header of with", i.context_expr) for i in node.items] and None,
+    ast.With: _with,
     ast.ExceptHandler: _nodes(("header of except", "type")), ast.Return: _nodes(("return value", "value")),
     ast.Raise: _nodes(("raised value", "exc")), ast.Assign: _nodes(("assignment target", "targets"), ("assigned value", "value")),
     ast.AugAssign: _nodes(("assignment target", "target"), ("assigned value", "value")),

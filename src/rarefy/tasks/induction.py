@@ -40,7 +40,8 @@ def induction_score(
         tokens: tokens to draw from, without repeats within one copy; at least `period` of them.
         period: tokens a copy, at least 2. batch: sequences. start: token put before the sequence.
     """
-    positive("period", period), positive("batch", batch)
+    positive("period", period)
+    positive("batch", batch)
     if not 2 <= period <= len(tokens):
         raise BadInput(f"period={period} must be in [2, {len(tokens)}], the number of tokens to draw from")
     ids_BT = repeated(tokens, period, batch, start=start, seed=seed).input_ids

@@ -51,7 +51,8 @@ def make(
     Raises:
         BadInput: an argument out of range.
     """
-    positive("n", n), positive("d", d), positive("features", features), positive("group", group)
+    for name, size in (("n", n), ("d", d), ("features", features), ("group", group)):
+        positive(name, size)
     if not 0 < l0 <= features:
         raise BadInput(f"l0={l0} must be in (0, {features}]: features that a row uses")
     if not 0 <= correlation < 1:
@@ -106,7 +107,8 @@ def recovery(learned_GD: Tensor, dictionary_FD: Tensor) -> Recovery:
         raise BadInput(f"learned {list(learned_GD.shape)} and dictionary {list(dictionary_FD.shape)} must be [G, D] and [F, D]")
     if not learned_GD.numel() or not dictionary_FD.numel():
         raise BadInput("recovery needs at least one learned and one true feature")
-    check_finite(learned_GD, "learned"), check_finite(dictionary_FD, "dictionary")
+    check_finite(learned_GD, "learned")
+    check_finite(dictionary_FD, "dictionary")
     unit = [torch.nn.functional.normalize(t.detach().cpu().double(), dim=-1) for t in (dictionary_FD, learned_GD)]
     cosine_FG = unit[0] @ unit[1].T
     match_F = assign(cosine_FG)

@@ -42,7 +42,8 @@ class Recall:
 
 def repeated(tokens: Sequence[int], period: int, batch: int, *, start: int | None = None, seed: int = 0) -> Recall:
     """Random sequences of `period` different tokens, twice, after an optional start token."""
-    positive("period", period, len(tokens)), positive("batch", batch)
+    positive("period", period, len(tokens))
+    positive("batch", batch)
     generator = torch.Generator().manual_seed(seed)
     pool = torch.as_tensor(tokens)
     once = torch.stack([pool[torch.randperm(len(pool), generator=generator)[:period]] for _ in range(batch)])
@@ -57,7 +58,8 @@ def key_value(
     keys: Sequence[int], values: Sequence[int], pairs: int, batch: int, *, filler: Sequence[int] = (), gap: int = 0, seed: int = 0
 ) -> Recall:
     """`pairs` keys with their values, `gap` filler tokens, then every key again in random order, each with its value."""
-    positive("pairs", pairs, len(keys)), positive("batch", batch)
+    positive("pairs", pairs, len(keys))
+    positive("batch", batch)
     if gap and not len(filler):
         raise BadInput(f"gap={gap} needs filler tokens")
     generator = torch.Generator().manual_seed(seed)
@@ -133,8 +135,8 @@ def train_recall_model(seed: int = 0, steps: int = 2400, on_step: Callable[[int,
     positive("steps", steps)
     config = LlamaConfig(
         vocab_size=len(KEYS) + len(VALUES) + len(FILLER), hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=1024, rope_theta=1000.0, tie_word_embeddings=False, bos_token_id=None,
-        eos_token_id=None,
+        num_key_value_heads=4, max_position_embeddings=1024, rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..store.atomic import write_atomic
+from ..store.sealed import seal_page
 from .report import dumps, tidy
 
 ENTRY = "main.js"
@@ -62,7 +63,7 @@ def render(report: Mapping[str, Any]) -> str:
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
     )
     title = escape(report["title"].encode("utf-8", "replace").decode())
-    return f"""<!doctype html>
+    page = f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -81,6 +82,7 @@ def render(report: Mapping[str, Any]) -> str:
 </body>
 </html>
 """
+    return seal_page(page.encode("utf-8")).decode("utf-8")
 
 
 def export(report: Mapping[str, Any], path: Path) -> Path:

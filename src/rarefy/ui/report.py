@@ -10,6 +10,8 @@ from typing import Any
 
 from ..errors import BadInput, Damaged
 from ..store.atomic import write_atomic
+from ..store.fs import read_bounded
+from ..store.sealed import MOST_REPORT, seal_body, unseal
 from .schema import Report, validate
 
 NAME = "report.json"
@@ -38,11 +40,12 @@ def dumps(report: Mapping[str, Any]) -> str:
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> Path:
-    """Write `folder`/report.json whole or not at all; returns its path. Raises BadInput as `validate`."""
+    """Write `folder`/report.json sealed, whole or not at all; returns its path. Raises BadInput as `validate`."""
     path = Path(folder) / NAME
-    text = dumps(tidy(report))
+    plain = {key: value for key, value in tidy(report).items() if key != "seal"}  # that of a report read as a plain file
+    data = seal_body(dumps(plain).encode("ascii")[:-1])
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, text.encode("ascii"))
+    write_atomic(path, data)
     return path
 
 
@@ -55,10 +58,6 @@ def read_report(folder: Path) -> Report:
     if not path.resolve().is_relative_to(folder.resolve()):
         raise BadInput(f"{path}: leads out of the run folder; copy the file instead of linking it")
     try:
-        report = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{path}: not JSON ({error}); make the report again") from None
-    try:
-        return validate(report)
+        return validate(unseal(read_bounded(path, MOST_REPORT), path))
     except BadInput as error:
         raise Damaged(f"{path}: {error}") from None

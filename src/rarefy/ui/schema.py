@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 from ..errors import BadInput, Unsupported
 
@@ -225,7 +225,7 @@ def _numbers(values: Any, at: str, length: int | None = None) -> None:
         _is(len(values) == length, at, f"a list of {length} values like its neighbours, not {len(values)}", values)
     # One pass in C for the usual case; the slow loop only to name the culprit.
     try:
-        if math.isfinite(math.fsum(0.0 if v is None else v for v in values)) and bool not in set(map(type, values)):
+        if math.isfinite(math.fsum(0.0 if v is None else v for v in cast(Sequence[Any], values))) and bool not in set(map(type, values)):
             return
     except (TypeError, OverflowError):
         pass

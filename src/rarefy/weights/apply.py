@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import BadInput, Unsupported
 from ..site import sites
@@ -30,14 +30,16 @@ def apply(model: nn.Module, plan: Mapping[str, MaskedLinear]) -> nn.Module:
         if site.kind != "linear" or not isinstance(method, MaskedLinear):
             raise Unsupported(f"{name}: {type(method).__name__} cannot be written into a {site.kind} site")
         module = model.get_submodule(site.module_path)
-        shared = owners.get(id(module.weight), [])
+        weight = module.weight
+        assert isinstance(weight, Tensor)                      # a linear site's module
+        shared = owners.get(id(weight), [])
         if len(shared) > 1:
             raise Unsupported(f"{name}: its weight is shared by {', '.join(shared)}; leave {name} out")
         if site.module_path in taken:
             raise BadInput(f"{name} and {taken[site.module_path]} are the same layer; name it once")
         taken[site.module_path] = name
         method.ready()
-        shape = module.weight.shape if isinstance(module, nn.Linear) else module.weight.T.shape
+        shape = weight.shape if isinstance(module, nn.Linear) else weight.T.shape
         if shape != method.weight_OI.shape:
             raise BadInput(f"{name}: fitted to {list(method.weight_OI.shape)}, but the layer is {list(shape)}")
         targets.append((method, module))

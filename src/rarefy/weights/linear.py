@@ -49,6 +49,8 @@ class MaskedLinear(Sparse):
 
     unit = "weight"
 
+    mask_OI: Tensor
+
     def __init__(
         self, d_in: int, d_out: int, budget: float = 0.5, n: int = 0, m: int = 0, bias: bool = True, group: str = "row",
     ) -> None:
@@ -78,7 +80,7 @@ class MaskedLinear(Sparse):
         made = cls(weight_OI.shape[1], weight_OI.shape[0], bias=bias is not None, **arguments).to(weight_OI)
         with torch.no_grad():
             made.weight_OI.copy_(weight_OI)
-            if bias is not None:
+            if bias is not None and made.bias_O is not None:
                 made.bias_O.copy_(bias)
         made.mask_OI = made.mask_OI.bool()
         if cls.fitted == "none":

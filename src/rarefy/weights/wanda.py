@@ -20,6 +20,10 @@ class Wanda(MaskedLinear):
     name = "weights/wanda"
     fitted = "calibrated"
 
+    square_I: Tensor
+    rows: Tensor
+    finished: Tensor
+
     def __init__(self, d_in: int, d_out: int, budget: float = 0.5, n: int = 0, m: int = 0, bias: bool = True, group: str = "row") -> None:
         super().__init__(d_in, d_out, budget, n, m, bias, group)
         self.register_buffer("square_I", torch.zeros(d_in, dtype=torch.float64))

@@ -37,7 +37,7 @@ def linear_parts(module: nn.Module, who: str) -> tuple[Tensor, Tensor | None]:
         raise BadInput(f"{who}: the weight of this {type(module).__name__} holds NaN or inf")
     weight_OI = weight.detach().t() if is_transposed(module) else weight.detach()
     bias = module.bias
-    return weight_OI, None if bias is None else bias.detach()
+    return weight_OI, bias.detach() if isinstance(bias, Tensor) else None
 
 
 def check_width(x: Tensor, d_in: int, who: str) -> None:

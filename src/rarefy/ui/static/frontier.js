@@ -38,7 +38,7 @@ function axes(unit, state, width, height, box) {
   const pad = (y1 - y0 || Math.abs(y1) || 1) * 0.06;
   if (state.log) { y0 = y0 < 0 ? y0 * 1.15 : y0 * 0.85 - knee * 0.15; y1 = y1 > 0 ? y1 * 1.15 : y1 * 0.85; } else { y0 -= pad; y1 += pad; }
   const gutter = box.label && width > 620 ? box.label : 14;
-  const x = makeScale(logX ? "log" : "linear", [x0, x1], [box.left + gutter, width - box.right - 18], { gap: 64 });
+  const x = makeScale(logX ? "log" : "linear", [x0, x1], [box.left + gutter, width - box.right - 18], { gap: box.label ? 64 : 34 });
   const y = makeScale(state.log ? "asinh" : "linear", [y0, y1], [height - box.bottom, box.top], { knee, gap: 30 });
   return { x, y, drawn, dense, denseX };
 }

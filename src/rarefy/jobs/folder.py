@@ -1,0 +1,61 @@
+"""A command's output folder: refused before any work, taken up, or left as it was found."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..store.fs import DISK
+from ..store.lock import LOCK_NAME, RunLock
+from ..store.run import MANIFEST, Run, read_run, refuse_changes, refuse_foreign
+
+
+def refuse_early(out: Path, command: str, request: dict[str, Any], may_change: Collection[str] = ()) -> None:
+    """Raise BadInput where `out` can neither become nor go on as this run; what a model must be opened for is left to Run.
+
+    A file, somebody else's folder, a run of another command or with other settings, one that another process is writing.
+    """
+    refuse_foreign(out)
+    if DISK.exists(out / MANIFEST):
+        old = read_run(out)["made"]
+        refuse_changes(out, {key: old.get(key) for key in ("command", "request")}, {"command": command, "request": request}, may_change)
+    refuse_held(out)
+
+
+def refuse_held(out: Path) -> None:
+    """Raise BadInput where another process is writing `out`."""
+    if DISK.exists(out / LOCK_NAME):
+        with RunLock(out):
+            pass
+
+
+@contextlib.contextmanager
+def run_folder(out: Path, made: dict[str, Any], may_change: Collection[str] = ()) -> Iterator[Run]:
+    """A Run that goes away again when it ends by an error before anything but its manifest was written."""
+    missing = [folder for folder in (out, *out.parents) if not DISK.exists(folder)]
+    with Run(out, made, may_change) as run:
+        try:
+            yield run
+        except BaseException:
+            if not run.resumed and not _results(out):
+                _empty(out)
+                with contextlib.suppress(OSError):
+                    for folder in missing:
+                        folder.rmdir()
+            raise
+
+
+def _beginning(name: str) -> bool:
+    return name in (MANIFEST, LOCK_NAME) or name.startswith(".tmp-")
+
+
+def _results(out: Path) -> list[Path]:
+    return [p for p in out.rglob("*") if not p.is_dir() and not _beginning(p.name)]
+
+
+def _empty(out: Path) -> None:
+    for path in sorted(out.rglob("*"), reverse=True):
+        with contextlib.suppress(OSError):
+            path.rmdir() if path.is_dir() else path.unlink()
