@@ -1,7 +1,7 @@
 """Train the built-in model: a small Llama of Python source, on CPU, in about an hour on two cores.
 
     python scripts/train_tokenizer.py --out build/builtin
-    python scripts/train_builtin.py --out build/builtin --steps 3200
+    python scripts/train_builtin.py --out build/builtin --steps 2600
     python scripts/card_builtin.py build/builtin
 
 Interrupted runs go on from the last checkpoint in --out. Checkpoints along the way (for studies over training) are
@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 TOKENS_A_STEP = 8192
 SHORT, LONG = 256, 1024            # context: short for the first part of training, then long
 LONG_FROM, DECAY_FROM = 0.65, 0.6  # fractions of all steps
-TRACK = (50, 100, 200, 400, 800, 1600, 3200)
+TRACK = (50, 100, 200, 400, 800, 1600, 2600)
 
 
 def config(vocab: int, eos: int) -> LlamaConfig:
@@ -67,7 +67,7 @@ def save(out: Path, name: str, model, optimisers, step: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -120,7 +120,7 @@ def test_shards_are_hashed_together(good: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spec", [
-    "", " ", "./none", "/no/such/folder", "~/no such", "a/b/c", "org/name@", "a\0b", "x y/z", "../up", "org/na..me/", "-x",
+    "", " ", "./none", "/no/such/folder", "~/no such", "a/b/c", "org/name@", "a\0b", "x y/z", "../up", "org/na..me/", "-x", "org/name@main/../../x",
 ])
 def test_specs_that_are_nothing(spec: str) -> None:
     with pytest.raises(BadInput, match="builtin") as caught:

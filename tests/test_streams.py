@@ -124,7 +124,8 @@ def test_live_rows_are_mixed_across_contexts_and_epochs_differ():
     again, _ = stream.fill(2)        # 11 contexts make two buffers of four an epoch: buffer 2 begins the next
     assert not torch.equal(x.sort(0).values, again.sort(0).values)
     deal = live(buffer=11).fill(0)[0]
-    assert not torch.equal(deal, live(buffer=11, seed=1).fill(0)[0]) and torch.equal(deal.sort(0).values, live(buffer=11, seed=1).fill(0)[0].sort(0).values)
+    other = live(buffer=11, seed=1).fill(0)[0]
+    assert not torch.equal(deal, other) and torch.equal(deal.sort(0).values, other.sort(0).values)
 
 
 def test_what_a_stream_is_made_from_names_every_difference():
@@ -133,8 +134,8 @@ def test_what_a_stream_is_made_from_names_every_difference():
     with torch.no_grad():
         next(other.parameters()).view(-1)[0] += 1e-6
     for changed in (
-        live(other), live(site="layers.0.resid_post"), live(target="layers.0.resid_post"), live(buffer=5), live(at_once=2), live(size=5), live(skip=0),
-        live(seed=3),
+        live(other), live(site="layers.0.resid_post"), live(target="layers.0.resid_post"), live(buffer=5), live(at_once=2), live(size=5),
+        live(skip=0), live(seed=3),
     ):
         assert changed.made_from != base
     assert live(build("llama")).made_from == base

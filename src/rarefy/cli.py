@@ -1,25 +1,34 @@
-"""The command line. Each command checks its input, then hands over to `rarefy.jobs`; torch is imported only then."""
+"""The command line. Each command reads its options, then hands over to `rarefy.jobs`; torch is imported only then.
+
+Exit codes: 0 done, 1 a check found damage or rarefy itself failed, 2 the request cannot be served, 130 and 143 ended by
+SIGINT and SIGTERM. Whatever stops a command is said in one line on standard error; results go to standard output, and
+with --json nothing else does.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .errors import RarefyError
+from .errors import BadInput, printable
+from .jobs.ending import guarded
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    name="rarefy", add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="One instrument for sparsity in neural networks: make any part of a model sparse, and see what was kept and what was saved.",
 )
+MOST_BUDGETS = 200
 
 Model = Annotated[str, typer.Argument(help="`builtin`, a local Hugging Face folder, or a hub id such as org/name@revision.")]
 Data = Annotated[str, typer.Option(help="Text: `stdlib`, a folder, a .txt/.py/.jsonl file, several separated by commas, or datasets:NAME.")]
 Out = Annotated[Path, typer.Option(help="Folder to write; created if missing.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON instead of tables.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on standard output.")]
 Site = Annotated[str, typer.Option(help="Site name or glob, such as layers.3.resid_post or 'layers.*.*_proj'; see `rarefy sites`.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="A method's own argument, name=value; may be repeated.")]
 Context = Annotated[int, typer.Option(help="Tokens in a context.")]
@@ -27,8 +36,8 @@ Tokens = Annotated[int, typer.Option(help="Most tokens to read from the data; 0 
 
 
 @app.callback()
-def _root(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
-    """Options before the command hold for every command."""
+def _root(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; may stand after the command too.")] = False) -> None:
+    """--debug may stand anywhere; it is taken off the command line before this is read."""
 
 
 @app.command()
@@ -149,7 +158,7 @@ def methods(as_json: AsJson = False) -> None:
     if as_json:
         from dataclasses import asdict
 
-        typer.echo(json.dumps({"schema": 1, "methods": [asdict(e) for e in ENTRIES]}, indent=1))
+        typer.echo(_dumps({"schema": 1, "methods": [asdict(e) for e in ENTRIES]}))
         return
     for e in ENTRIES:
         typer.echo(f"{e.name:20} {e.unit:10} {e.fitted:11} {e.year}  {e.title}")
@@ -166,7 +175,7 @@ def sites(
 
     found = list_sites(model, pattern)
     if as_json:
-        typer.echo(json.dumps({"schema": 1, "sites": found}, indent=1))
+        typer.echo(_dumps({"schema": 1, "sites": found}))
         return
     for s in found:
         typer.echo(f"{s['name']:28} {s['kind']:10} {s['d']:>6}  {s['module']}")
@@ -179,11 +188,16 @@ def show(
     host: Annotated[str, typer.Option(help="Address to bind; other than 127.0.0.1 needs --token.")] = "127.0.0.1",
     token: Annotated[str, typer.Option(help="Secret that visitors must give, for --host.")] = "",
     export: Annotated[Path | None, typer.Option(help="Write one self-contained HTML file instead of serving.")] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Open a run's page in the browser, from a server on this machine only."""
+    """Serve a run's page, to this machine only, until interrupted; or write it as one file."""
     from .jobs.report import show as run_page
 
-    run_page(run, port=port, host=host, token=token, export=export, say=typer.echo)
+    def say(what: str, where: str) -> None:
+        line = f"wrote {where}" if what == "page" else f"{run} is at {where}; Ctrl-C ends"
+        typer.echo(_dumps({"schema": 1, what: where}) if as_json else printable(line))
+
+    run_page(run, port=port, host=host, token=token, export=export, say=say)
 
 
 @app.command()
@@ -196,10 +210,10 @@ def check(
 
     report = verify(path)
     if as_json:
-        typer.echo(json.dumps({"schema": 1, "ok": report.ok, "checked": report.checked, "problems": report.problems}, indent=1))
+        typer.echo(_dumps({"schema": 1, "ok": report.ok, "checked": report.checked, "problems": report.problems}))
     else:
         for problem in report.problems:
-            typer.echo(f"damaged: {problem}")
+            typer.echo(printable(f"damaged: {problem}"))
         typer.echo(f"{len(report.checked)} checked, {len(report.problems)} damaged")
     if not report.ok:
         raise typer.Exit(1)
@@ -210,38 +224,41 @@ def _names(text: str) -> list[str]:
 
 
 def _settings(pairs: list[str] | None) -> dict[str, Any]:
-    from .errors import BadInput
-
     out: dict[str, Any] = {}
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise BadInput(f"--set {pair!r}: write name=value")
+        if name in out:
+            raise BadInput(f"--set {name} is given twice; give each setting once")
         try:
             out[name] = json.loads(value)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             out[name] = value
     return out
 
 
 def _budgets(text: str) -> list[float]:
-    from .errors import BadInput
-
+    form = f"--budget {text!r}: write LOW:HIGH, LOW:HIGH:STEP or a list such as 0.3,0.5"
+    ranged = ":" in text
     try:
-        if ":" in text:
-            low, high, *step = (float(part) for part in text.split(":"))
-            gap = step[0] if step else (high - low) / 4
-            if gap <= 0:
-                budgets = [low]
-            else:
-                budgets = [round(low + i * gap, 6) for i in range(int((high - low) / gap + 1e-9) + 1)]
-        else:
-            budgets = [float(part) for part in _names(text)]
+        parts = [float(part) for part in (text.split(":") if ranged else _names(text))]
     except ValueError:
-        raise BadInput(f"--budget {text!r}: write LOW:HIGH, LOW:HIGH:STEP or a list such as 0.3,0.5") from None
-    if not budgets or not all(0 < b <= 1 for b in budgets):
-        raise BadInput(f"--budget {text!r}: every budget must be in (0, 1], the fraction of units kept")
-    return budgets
+        raise BadInput(form) from None
+    if not parts or (ranged and len(parts) > 3):
+        raise BadInput(form)
+    if not all(0 < part <= 1 for part in parts):
+        raise BadInput(f"--budget {text!r}: every budget, and the step, must be in (0, 1]; it is the fraction of units kept")
+    if not ranged:
+        return sorted({round(part, 6) for part in parts})
+    low, high = parts[:2]
+    if low > high:
+        raise BadInput(f"--budget {text!r}: {low:g} is more than {high:g}; the lower comes first")
+    step = parts[2] if len(parts) == 3 else (high - low) / 4
+    count = math.floor((high - low) / step + 1e-9) + 1 if step else 1
+    if count > MOST_BUDGETS:
+        raise BadInput(f"--budget {text!r}: that is {count} budgets; take at most {MOST_BUDGETS}")
+    return [round(low + i * step, 6) for i in range(count)]
 
 
 def _screen(quiet: bool) -> Any:
@@ -250,38 +267,22 @@ def _screen(quiet: bool) -> Any:
     return Screen(quiet=quiet)
 
 
+def _dumps(record: Any) -> str:
+    return json.dumps(record, indent=1, allow_nan=False)
+
+
 def _print(result: Any, as_json: bool, out: Path) -> None:
     if as_json:
-        typer.echo(json.dumps(result.as_json(), indent=1))
+        typer.echo(_dumps(result.as_json()))
     else:
         result.show(out)
 
 
-def main() -> None:
-    """Entry point: exit code 0 done, 1 a check failed, 2 bad input, 130 or 143 stopped by a signal."""
-    try:
-        app(standalone_mode=True)
-    except RarefyError as error:
-        if "--debug" in sys.argv:
-            raise
-        typer.echo(f"rarefy: {error}", err=True)
-        sys.exit(2)
-    except OSError as error:
-        if "--debug" in sys.argv:
-            raise
-        typer.echo(f"rarefy: {error.filename or ''}: {error.strerror or error}; free space or choose another folder with --out", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("rarefy: stopped; the same command goes on from the last checkpoint", err=True)
-        sys.exit(130)
-    except Exception as error:  # a signal during training is not an error of ours
-        from .errors import Halted
-
-        if isinstance(error, Halted):
-            typer.echo(f"rarefy: {error}", err=True)
-            sys.exit(128 + error.signum)
-        raise
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return guarded(app, [a for a in arguments if a != "--debug"], debug="--debug" in arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

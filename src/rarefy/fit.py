@@ -143,7 +143,7 @@ def calibrate(
 
 
 def train(
-    plan: Mapping[str, Sparse], stream: Stream, recipe: Recipe, run: Path | None = None, *, resume: bool = True,
+    plan: Mapping[str, Sparse], stream: Stream, recipe: Recipe, run: str | Path | None = None, *, resume: bool = True,
     on_log: Log | None = None,
 ) -> Mapping[str, Sparse]:
     """Train every method of `plan` on one stream of activations; the only training loop.
@@ -168,6 +168,7 @@ def train(
         Halted: SIGINT or SIGTERM came; a checkpoint was written first.
     """
     recipe.check()
+    run = None if run is None else Path(run)
     learners = _learners(plan, recipe)
     meta = _meta(learners, stream, recipe)
     with contextlib.ExitStack() as held:

@@ -219,14 +219,6 @@ class Judge:
         density = watch.density() if standing else budget
         return Point(method, unit, role, budget, density, metrics, _costs(standing), note)
 
-    def recovered(self, point: Point, site: str, replacement: Callable[[Tensor], Tensor]) -> tuple[float, float]:
-        """(loss recovered, CE increase of the ablation): 1 - increase / increase with `replacement` at `site`.
-
-        Zero ablation: `torch.zeros_like`; mean ablation: a function that gives the mean everywhere.
-        """
-        worst = self._run({site: replacement}, compare=True).interval("ce_increase").mean
-        return 1 - point.metrics["ce_increase"].mean / worst, worst
-
 
 def _standing(model: nn.Module, plan: Mapping[str, Any]) -> list[tuple[Sparse, int]]:
     """Each method of a plan, once, with the number of sites it stands at: a glob names many, and one object may serve several."""
@@ -247,8 +239,8 @@ class _Watch:
 
     def __enter__(self) -> _Watch:
         for method, _ in self.standing:
-            if hasattr(method, "measured_density"):
-                method.measured_density()                   # attention counts for itself since it was last asked: begin anew
+            if (own := getattr(method, "measured_density", None)) is not None:
+                own()                                       # attention counts for itself since it was last asked: begin anew
             elif method.unit != "weight":
                 self.handles.append(method.register_forward_hook(self._count))
         return self

@@ -9,7 +9,6 @@ Shape letters: N = rows, B = batch rows, D = input width, E = output width, T = 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -152,15 +151,18 @@ class LiveStream:
             raise BadInput(f"a batch of {size} rows is larger than the buffer of {self.rows}; lower it or give more text")
         self.a_buffer = self.rows // size
         """Batches of a buffer."""
+        self._made_from: dict[str, Any] | None = None
 
-    @cached_property
+    @property
     def made_from(self) -> dict[str, Any]:
         """See Stream. Names the model by all its tensors, as they are when this is first read."""
-        held = {k: v for k, v in self.model.state_dict().items() if isinstance(v, Tensor)}
-        return {
-            "model": _digest(held), "site": self.site, "target": self.target, "tokens": _digest({"": self.windows_NT}), "buffer": self.buffer,
-            "at_once": self.at_once, "size": self.size, "seed": self.seed, "skip": self.skip,
-        }
+        if self._made_from is None:
+            held = {k: v for k, v in self.model.state_dict().items() if isinstance(v, Tensor)}
+            self._made_from = {
+                "model": _digest(held), "site": self.site, "target": self.target, "tokens": _digest({"": self.windows_NT}), "buffer": self.buffer,
+                "at_once": self.at_once, "size": self.size, "seed": self.seed, "skip": self.skip,
+            }
+        return self._made_from
 
     def fill(self, number: int) -> Batch:
         """Rows of buffer `number`, in shuffled order."""

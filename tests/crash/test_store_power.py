@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rarefy.cost import Cost
-from rarefy.errors import Damaged
+from rarefy.errors import BadInput, Damaged
 from rarefy.method import Sparse
 from rarefy.store.atomic import write_atomic
 from rarefy.store.check import check
@@ -90,7 +90,7 @@ def opened(root, must):
         with ActivationStore(root) as store:
             if not torch.equal(store[:], X) or not check(root).ok:
                 return "wrong rows after going on"
-    except Damaged as error:
+    except (Damaged, BadInput) as error:
         return f"the writer refuses: {error}"
     return ""
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import rarefy
 from rarefy.errors import BadInput, Damaged, Unsupported
 from rarefy.store.check import check
 from rarefy.store.permutation import shuffled
@@ -256,9 +262,59 @@ def test_readers_see_a_consistent_prefix_while_a_writer_writes(tmp_path):
         assert early.refresh() == 200 and torch.equal(early[:], x)
 
 
+WRITER = """
+import sys, time, torch
+from rarefy.store.fs import FS
+from rarefy.store.shards import ActivationWriter
+class Slow(FS):                                     # so that the reader looks between any two operations
+    pass
+for name in ("append", "write", "rename", "remove", "truncate", "sync", "sync_dir"):
+    def operation(self, path, *rest, name=name):
+        getattr(FS, name)(self, path, *rest)
+        time.sleep(0.001)
+    setattr(Slow, name, operation)
+x = torch.arange(9000.0).view(3000, 3)
+for stop in (1000, 2000, 3000):                     # closed and taken up again twice
+    with ActivationWriter(sys.argv[1], 3, "float32", {"a": 1}, block_bytes=60, shard_bytes=1200, fs=Slow()) as writer:
+        while writer.rows < stop:
+            writer.append(x[writer.rows : min(stop, writer.rows + 1 + writer.rows % 7 + 150 * (writer.rows % 5 == 0))])
+"""
+
+
+@pytest.mark.slow
+def test_readers_beside_a_writing_process_see_a_growing_prefix(tmp_path):
+    """A9 with a real second process: opening, refreshing and reading as fast as can be while rows, shards and closed.json come and go."""
+    root, x = tmp_path / "s", torch.arange(9000.0).view(3000, 3)
+    with ActivationWriter(root, 3, "float32", {"a": 1}, block_bytes=60, shard_bytes=1200) as writer:
+        writer.append(x[:1])
+    child = subprocess.Popen([sys.executable, "-c", WRITER, str(root)], env={**os.environ, "PYTHONPATH": str(Path(rarefy.__file__).parents[1])})
+    try:
+        kept, seen, sizes = ActivationStore(root), 1, set()
+        while child.poll() is None:
+            with ActivationStore(root) as store:
+                assert len(store) >= seen and torch.equal(store[:], x[: len(store)])
+                seen = len(store)
+            assert torch.equal(kept[:], x[: len(kept)])
+            assert kept.refresh() >= seen
+            seen = len(kept)
+            sizes.add(seen)
+    finally:
+        child.kill()
+        child.wait()
+    assert child.returncode == 0 and len(sizes) > 20
+    assert kept.refresh() == 3000 and torch.equal(kept[:], x) and kept.closed
+
+
 def test_reading_memory_is_bounded_by_block_and_cache(tmp_path):
-    write(tmp_path, torch.zeros(20000, 64), block_bytes=4096)
-    store = ActivationStore(tmp_path, cache_bytes=16384)
-    for start in range(0, 20000, 100):
-        store[start : start + 100]
-        assert store._held <= 16384 and sum(b.nbytes for b in store._blocks.values()) == store._held
+    """Measured, not only counted: a pass over 40 MB in a cache of 256 kB."""
+    write(tmp_path, torch.zeros(160_000, 64), block_bytes=4096)
+    store = ActivationStore(tmp_path, cache_bytes=1 << 18)
+    tracemalloc.start()
+    try:
+        for start in range(0, 160_000, 100):
+            store[start : start + 100]
+            assert store._held <= 1 << 18 and sum(b.nbytes for b in store._blocks.values()) == store._held
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 << 20  # the cache, one block and the shard's checksums (16 bytes a block)

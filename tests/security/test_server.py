@@ -147,10 +147,12 @@ def test_reads_only_and_own_origin_only(client):
         assert client.request(method, "/report.json").status_code == 405
     assert client.get("/report.json", headers={"origin": "http://evil.example"}).status_code == 403
     assert client.get("/report.json", headers={"origin": "null"}).status_code == 403
-    assert (
-        client.get("/report.json", headers={"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}).status_code
-        == 403
-    )
+    for site, mode, status in (
+        ("cross-site", "no-cors", 403), ("same-site", "no-cors", 403), ("same-site", "cors", 403),
+        ("same-origin", "cors", 200), ("none", "navigate", 200), ("cross-site", "navigate", 200),
+    ):
+        got = client.get("/report.json", headers={"sec-fetch-site": site, "sec-fetch-mode": mode})
+        assert (got.status_code, got.headers["cross-origin-resource-policy"]) == (status, "same-origin"), (site, mode)
     assert client.get("/report.json", headers={"origin": "http://127.0.0.1:8765"}).status_code == 200
     assert client.head("/").status_code == 200
 

@@ -130,7 +130,7 @@ def documents(spec: str, *, field: str = "text") -> Iterator[Document]:
         BadInput: no such place, or nothing readable in it. Files that are not UTF-8 are left out with one warning.
     """
     bad, found = Undecodable(), 0
-    for part in (p.strip() for p in spec.split(",")):
+    for part in filter(None, (p.strip() for p in spec.split(","))):        # an empty part would be the current folder
         for document in _part(part, bad, field):
             found += 1
             yield document
@@ -250,7 +250,9 @@ class Text:
         return [d.name for d in self.judge_docs]
 
 
-def text(spec: str | Iterable[Document], tokenizer: Any, *, context: int = 512, fit_tokens: int = 400_000, judge_tokens: int = 20_000, batch: int = 8) -> Text:
+def text(
+    spec: str | Iterable[Document], tokenizer: Any, *, context: int = 512, fit_tokens: int = 400_000, judge_tokens: int = 20_000, batch: int = 8,
+) -> Text:
     """Documents of `spec`, split by name into text to fit on and text to judge on, packed into windows of `context` tokens.
 
     Where no name falls on one of the sides, a tenth of the documents is held out; of a lone document, its last tenth.

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..catalogue import Entry, entry
-from ..errors import BadInput, Unsupported
+from ..errors import BadInput, RarefyError, Unsupported
 from ..families import config_of
 from ..method import Sparse
 from ..site import Site, sites
@@ -115,9 +115,12 @@ def make_plan(model: nn.Module, card: Entry, pattern: str, budget: float, settin
     cls, own = card.load(), _own(card, settings)
     plan: dict[str, Sparse] = {}
     for name, site in places(model, card, pattern).items():
-        if site.kind == "attention":
-            plan[name] = cls(budget=budget, **own)
-        else:
-            plan[name] = cls.for_module(model.get_submodule(site.module_path), budget=budget, **own)
-        plan[name].eval()
+        try:
+            if site.kind == "attention":
+                made = cls(budget=budget, **own)
+            else:
+                made = cls.for_module(model.get_submodule(site.module_path), budget=budget, **own)
+        except RarefyError as error:
+            raise type(error)(f"{name}: {error}") from None
+        plan[name] = made.eval()
     return plan

@@ -5,7 +5,7 @@ Shape letters: B = windows, T = tokens, N = B*T rows, D = width, F = latents, K 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +16,8 @@ from ..fidelity import Interval, Reconstruction
 from ..frontier import Judge, Point
 from ..latents.dictionary import Dictionary
 from ..method import Sparse
-from ..site import capture, sites
+from ..places import known_sites
+from ..site import capture
 
 SKIP = 1
 """Positions left out at the start of each window: the first token's activation has its own, far larger norm."""
@@ -29,15 +30,27 @@ def rows_of(batch: Any) -> Tensor:
     return keep
 
 
-class Spliced(nn.Module):
-    """A dictionary in the stream: rows are replaced by their reconstruction, skipped positions pass through."""
+class Spliced:
+    """A dictionary in the model: what flows at `target` is replaced by what it makes of what flowed at `site`.
 
-    def __init__(self, method: Sparse) -> None:
-        super().__init__()
-        self.method = method
+    Skipped positions pass through. For an autoencoder both are one site.
+    """
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return torch.cat([x_BTD[:, :SKIP], self.method(x_BTD[:, SKIP:])], 1)
+    def __init__(self, method: Sparse, site: str, target: str = "") -> None:
+        self.method, self.site, self.target = method, site, target or site
+        self._read = torch.empty(0)
+
+    def plan(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """What `replaced` takes."""
+        return {self.target: self._put} if self.target == self.site else {self.site: self._note, self.target: self._put}
+
+    def _note(self, x_BTD: Tensor) -> Tensor:
+        self._read = x_BTD
+        return x_BTD
+
+    def _put(self, y_BTE: Tensor) -> Tensor:
+        x_BTD = y_BTE if self.target == self.site else self._read
+        return torch.cat([y_BTE[:, :SKIP], self.method(x_BTD[:, SKIP:]).to(y_BTE)], 1)
 
 
 @dataclass
@@ -65,18 +78,25 @@ def ablate(judge: Judge, site: str) -> Ablations:
 
 @torch.no_grad()
 def judge_dictionary(
-    judge: Judge, site: str, method: Sparse, ablations: Ablations, *, name: str = "", role: str = "method", note: str = "",
+    judge: Judge, site: str, method: Sparse, ablations: Ablations, *, target: str = "", name: str = "", role: str = "method", note: str = "",
 ) -> Point:
-    """A dictionary as a Point: spliced CE, KL, agreement, loss recovered (zero and mean), FVU, cosine, L0, dead share."""
-    width = int(method.arguments["width"])
-    stats = Reconstruction(sites(judge.model, site)[site].d, width, judge.documents)
+    """A dictionary as a Point: spliced CE, KL, agreement, loss recovered (zero and mean), FVU, cosine, L0, dead share.
+
+    Args:
+        target: site that a transcoder reproduces; FVU, cosine and `ablations` are of that site then.
+    """
+    width, target = int(method.arguments["width"]), target or site
+    stats: Reconstruction | None = None
     for batch in judge.batches:
         keep = rows_of(batch)
-        x_ND = capture(judge.model, [site], input_ids=batch.input_ids)[site][keep]
-        for x, doc in zip(x_ND.split(2048), batch.doc[keep].split(2048), strict=True):
-            latent_M, value_M, row_M = active(method, x)
-            stats.add(x, method(x), latent_M, torch.bincount(row_M, minlength=len(x)), doc)
-    spliced = judge.measure({site: Spliced(method)}, method=name or method.name, unit="latent", role=role)
+        got = capture(judge.model, {site, target}, input_ids=batch.input_ids)
+        stats = stats or Reconstruction(got[target].shape[-1], width, judge.documents)
+        parts = (v[keep].split(2048) for v in (got[site], got[target], batch.doc))
+        for x, y, doc in zip(*parts, strict=True):
+            latent_M, _, row_M = active(method, x)
+            stats.add(y, method(x), latent_M, torch.bincount(row_M, minlength=len(x)), doc)
+    assert stats is not None
+    spliced = judge.measure(Spliced(method, site, target).plan(), method=name or method.name, unit="latent", role=role)
     l0 = stats.l0()
     increase = spliced.metrics["ce_increase"]
 
@@ -148,8 +168,8 @@ class Reading(Protocol):
 
 @torch.no_grad()
 def describe(
-    reading: Reading, site: str, method: Dictionary, tokenizer: Any, *, labels: list[Any] | None = None, sides: list[Tensor] | None = None,
-    doc_names: list[str] | None = None, around: int = 14, keep: int = 6,
+    reading: Reading, site: str, method: Dictionary, tokenizer: Any, *, target: str = "", labels: list[Any] | None = None,
+    sides: list[Tensor] | None = None, doc_names: list[str] | None = None, around: int = 14, keep: int = 6,
 ) -> dict[str, Any]:
     """What a report says of each latent: density, histogram, logits, top contexts, best concept.
 
@@ -178,7 +198,7 @@ def describe(
     return {
         **_table(top, scores), "site": site, "method": method.name, "width": width,
         "tokens": [tokenizer.decode([i]) for i in range(len(tokenizer))],
-        "top": _tops(top, kept, around, _histograms(top, latent_M, value_M), _logits(reading.model, method)),
+        "top": _tops(top, kept, around, _histograms(top, latent_M, value_M), _logits(reading.model, target or site, method)),
     }
 
 
@@ -205,10 +225,21 @@ def _table(top: TopContexts, scores: Any) -> dict[str, Any]:
     return {"table": table, "concepts": names}
 
 
-def _logits(model: Any, method: Dictionary, most: int = 8) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tokens that each latent's decoder row raises and lowers most, through the final norm's gain and the unembedding."""
-    head = model.get_output_embeddings().weight
-    gain = getattr(getattr(model.get_decoder(), "norm", None), "weight", torch.ones(head.shape[1]))
+WRITES_STREAM = (".resid_pre", ".resid_mid", ".resid_post", ".attn.out", ".mlp.out", "embed")
+"""Ends of the names of sites whose value is, or is added to, the residual stream that the unembedding reads."""
+
+
+def _logits(model: Any, target: str, method: Dictionary, most: int = 8) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Tokens that each latent's decoder row raises and lowers most, through the final norm's gain and the unembedding.
+
+    None where the rows do not lie in the stream that is unembedded.
+    """
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    if not target.endswith(WRITES_STREAM) or head is None or head.shape[1] != method.W_dec_FD.shape[1]:
+        return None
+    norm = known_sites(model).get("final_norm")
+    gain = getattr(model.get_submodule(norm.module_path), "weight", None) if norm else None
+    gain = torch.ones(head.shape[1]) if gain is None else gain
     up_v, up_i, down_v, down_i = [], [], [], []
     for rows in method.W_dec_FD.detach().float().split(1024):
         logits_FV = (rows * gain.float()) @ head.float().T
@@ -262,9 +293,15 @@ def _pairs(index: Tensor, value: Tensor) -> list[list[float]]:
     return [[i, round(v, 2)] for i, v in zip(index.tolist(), value.tolist(), strict=True)]
 
 
+def _raised(logits: tuple[Tensor, Tensor, Tensor, Tensor] | None, f: int) -> dict[str, Any]:
+    if logits is None:
+        return {}
+    up_v, up_i, down_v, down_i = logits
+    return {"logits_up": _pairs(up_i[f], up_v[f]), "logits_down": _pairs(down_i[f], down_v[f])}
+
+
 def _tops(top: TopContexts, kept: _Kept, before: int, hist_FH: Tensor, logits: Any) -> list[Any]:
     """Per latent what the page shows of it; None for latents that never fired."""
-    up_v, up_i, down_v, down_i = logits
     out: list[Any] = []
     for f, (ats, values) in enumerate(zip(top.at_FK.tolist(), top.value_FK.tolist(), strict=True)):
         if values[0] <= 0:
@@ -272,6 +309,6 @@ def _tops(top: TopContexts, kept: _Kept, before: int, hist_FH: Tensor, logits: A
             continue
         out.append({
             "contexts": [kept.around(f, at, before) for at, v in zip(ats, values, strict=True) if v > 0],
-            "hist": hist_FH[f].tolist(), "logits_up": _pairs(up_i[f], up_v[f]), "logits_down": _pairs(down_i[f], down_v[f]),
+            "hist": hist_FH[f].tolist(), **_raised(logits, f),
         })
     return out

@@ -20,10 +20,11 @@ from ..fit import Recipe, calibrate, train
 from ..method import Sparse, positive
 from ..places import known_sites, sites
 from ..site import capture
+from ..store.layout import CLOSED, store_name
 from ..store.lines import read_lines
 from ..store.methods import load, save
 from ..store.shards import ActivationStore
-from ..store.writer import ActivationWriter, store_name
+from ..store.writer import ActivationWriter
 from ..streams import LiveStream, StoreStream, Stream, windows
 from .build import check_budget, check_names, check_settings, dictionary, make_plan, places, settings_for
 from .folder import refuse_early, run_folder
@@ -249,7 +250,7 @@ def _stored(request: FitRequest, live: LiveStream, made: dict[str, Any], d: int,
     folder = request.out / "activations" / store_name(from_)
     ids_NT: Tensor = live.windows_NT
     rows = (ids_NT.shape[1] - SKIP) * AT_ONCE
-    if not _closed(folder):
+    if not (folder / CLOSED).exists():
         with screen.stage(f"write activations of {live.site}") as update, ActivationWriter(folder, d, "float32", from_) as writer:
             there = writer.rows                             # an interrupted write goes on after what it acknowledged
             for number, ids_BT in enumerate(ids_NT.split(AT_ONCE)):
@@ -258,13 +259,6 @@ def _stored(request: FitRequest, live: LiveStream, made: dict[str, Any], d: int,
                     writer.append(x_ND[max(0, there - number * rows) :])
                 update(f"{writer.rows:,} rows")
     return StoreStream(ActivationStore(folder, made_from=from_), request.batch, seed=request.seed)
-
-
-def _closed(folder: Path) -> bool:
-    if not folder.is_dir():
-        return False
-    with ActivationStore(folder) as store:
-        return store.closed
 
 
 def progress(record: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..errors import RarefyError
 from ..store.fs import DISK
 from ..store.lock import LOCK_NAME, RunLock
 from ..store.run import MANIFEST, Run, read_run, refuse_changes, refuse_foreign
@@ -35,16 +36,18 @@ def refuse_held(out: Path) -> None:
 def run_folder(out: Path, made: dict[str, Any], may_change: Collection[str] = ()) -> Iterator[Run]:
     """A Run that goes away again when it ends by an error before anything but its manifest was written."""
     missing = [folder for folder in (out, *out.parents) if not DISK.exists(folder)]
-    with Run(out, made, may_change) as run:
-        try:
+    run = Run(out, made, may_change)
+    try:
+        with run:
             yield run
-        except BaseException:
-            if not run.resumed and not _results(out):
-                _empty(out)
-                with contextlib.suppress(OSError):
-                    for folder in missing:
-                        folder.rmdir()
-            raise
+    except BaseException:
+        with contextlib.suppress(RarefyError, OSError):
+            if not run.resumed and not _results(out) and (missing or DISK.exists(out / MANIFEST)):
+                with RunLock(out):                          # not if another process has begun there meanwhile
+                    _empty(out)
+                for folder in missing:
+                    folder.rmdir()
+        raise
 
 
 def _beginning(name: str) -> bool:

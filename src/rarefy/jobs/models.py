@@ -59,7 +59,7 @@ def opened(spec: str, screen: Screen, *, causal: bool = False) -> Opened:
         revision = f" at {info.revision[:12]}" if info.revision else ""
         update(f"{info.name}{revision}, {info.n_params / 1e6:.1f} M parameters, {info.n_layers} layers, sha256 {info.sha256[:12]}")
     if causal and not type(found.model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
-        raise Unsupported(f"{info.name} is a {type(found.model).__name__}, which predicts no next token to be judged by; open a causal language model")
+        raise Unsupported(f"{info.name} is a {type(found.model).__name__}, which predicts no next token to judge; open a causal language model")
     return found
 
 
@@ -99,8 +99,8 @@ def cut_text(docs: list[Document], opened: Opened, screen: Screen, *, context: i
     """`read_text` as a stage that says how much it is."""
     with screen.stage("cut it into contexts") as update:
         found = read_text(docs, opened, context=context, fit_tokens=fit_tokens, judge_tokens=judge_tokens)
-        tokens = sum(b.input_ids.numel() for b in found.fit)
-        update(f"{tokens:,} tokens to fit on; documents held out: {len(found.judge_names):,}")
+        tokens, held = (sum(b.input_ids.numel() for b in batches) for batches in (found.fit, found.judge))
+        update(f"{tokens:,} tokens to fit on" + (f", {held:,} held out of it to judge on" if judge_tokens != 1 else ""))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import platform
 import sys
@@ -10,12 +11,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..builtin.corpus import Text
 from ..errors import BadInput
 from ..frontier import Frontier, Point
 from ..store.lines import read_lines
-from ..ui import export, read_report, serve
+from ..store.run import MANIFEST, read_run
+from ..ui import export as write_page
+from ..ui import read_report, serve
 from ..ui import write_report as write_json
-from .models import Opened, Text
+from ..ui.report import NAME
+from .models import Opened
 from .screen import Screen
 
 PLURAL = {"latent": "latents", "weight": "weights", "neuron": "neurons", "key": "attention", "key block": "attention"}
@@ -84,12 +89,17 @@ def _cores() -> int:
 
 
 def page(
-    title: str, opened: Opened, text: Text, data: str, units: list[dict[str, Any]], screen: Screen, *,
-    points: Sequence[Point] = (), log: Path | None = None, latents: dict[str, Any] | None = None, notes: Sequence[str] = (),
+    title: str, opened: Opened, text: Text, data: str, units: list[dict[str, Any]], screen: Screen, *, points: Sequence[Point] = (),
+    log: Path | None = None, latents: dict[str, Any] | None = None, notes: Sequence[str] = (), same: bool = True,
 ) -> dict[str, Any]:
-    """The whole report as the page takes it."""
+    """The whole report as the page takes it.
+
+    Args:
+        same: whether the text judged on is held out of the very text fitted on.
+    """
     card = opened.card()
-    held = f"{len(text.judge_names)} documents held out by name, none of them fitted on"
+    count = len(text.judge_names)
+    held = f"{count:,} document{'s' if count != 1 else ''} held out by name" + (", none fitted on" if same else "")
     return {
         "schema": 1, "title": title, "made": _made(sum(s["seconds"] for s in screen.stages)),
         "model": {k: card[k] for k in ("name", "params", "layers", "d_model", "vocab")} | {"data": data, "heldout": held, "sha256": card["sha256"]},
@@ -101,26 +111,57 @@ def page(
 def write_report(run: Path, report: dict[str, Any]) -> Path:
     """report.json and the self-contained report.html of a run."""
     write_json(run, report)
-    return export(report, run / "report.html")
+    return write_page(report, run / "report.html")
 
 
-def sweep_report(request: Any, opened: Opened, text: Text, frontier: Frontier, verdict: str, screen: Screen, run: Any) -> dict[str, Any]:
+def verdict(points: Sequence[Point]) -> str:
+    """Who wins where, in a sentence that holds up: by intervals of CE increase at each budget, among methods of one unit."""
+    said = []
+    judged = [p for p in points if p.role != "dense"]
+    for unit in dict.fromkeys(PLURAL[p.unit] for p in judged):
+        for budget in sorted({p.budget for p in judged}):
+            row = [p for p in judged if p.budget == budget and PLURAL[p.unit] == unit]
+            if len(row) < 2:
+                continue
+            first, second, *_ = sorted(row, key=lambda p: p.metrics["ce_increase"].mean)
+            a, b = first.metrics["ce_increase"], second.metrics["ce_increase"]
+            clear = "clearly" if a.high < b.low else "not clearly"
+            kept = f"{budget:.0%}" if budget >= 0.1 else f"{budget:.2%}"
+            said.append(f"at {kept} kept {first.method} is best ({a.mean:+.3f} nats), {clear} ahead of {second.method} ({b.mean:+.3f})")
+    return "; ".join(said) + "." if said else ""
+
+
+def sweep_report(request: Any, opened: Opened, text: Text, frontier: Frontier, screen: Screen) -> dict[str, Any]:
     """The page of a sweep."""
     units = []
     for unit in dict.fromkeys(PLURAL[p.unit] for p in frontier.points):
-        units.append(unit_panel(unit, [p for p in frontier.points if PLURAL[p.unit] == unit], verdict))
-    title = f"{', '.join(request.methods)} on {opened.info.name}"
-    return page(title, opened, text, request.data, units, screen, points=frontier.points)
+        points = [p for p in frontier.points if PLURAL[p.unit] == unit]
+        units.append(unit_panel(unit, points, verdict(points)))
+    notes = [
+        "Intervals are 95 % over held-out documents. A method's place is clear only where intervals do not overlap.",
+        "Calibrated methods saw what flows in the dense model, in one pass; `rarefy apply` calibrates layer after layer, each after those before "
+        "it were pruned.",
+        "Costs are counted from shapes for the layers a method replaces, a token, at batch 1; selection is included.",
+    ]
+    title = f"{', '.join(dict.fromkeys(p.method for p in frontier.points if p.role != 'dense'))} on {opened.info.name}"
+    return page(title, opened, text, request.data, units, screen, points=frontier.points, notes=notes)
 
 
-def show(run: Path, *, port: int, host: str, token: str, export: Path | None, say: Callable[[str], None]) -> None:
-    """Serve a run's page, or write it as one file."""
+def show(run: Path, *, port: int, host: str, token: str, export: Path | None, say: Callable[[str, str], None]) -> None:
+    """Serve a run's page until interrupted, or write it as one file.
+
+    Args:
+        say: told what came of it, "page" or "url", and where.
+    """
     if not run.is_dir():
         raise BadInput(f"{run}: no such folder; `rarefy demo` makes runs/demo")
+    if not (run / NAME).exists() and (run / MANIFEST).exists():
+        command = read_run(run)["made"].get("command")
+        way = f"`rarefy judge {run}` makes one" if command == "fit" else f"run its `rarefy {command}` to the end"
+        raise BadInput(f"{run} holds no page yet; {way}")
     report = read_report(run)
     if export is not None:
-        from ..ui import export as write_page
-
-        say(f"wrote {write_page(report, export)}")
+        say("page", str(write_page(report, export)))
         return
-    serve(run, port=port, host=host, token=token, on_ready=lambda url: say(f"{run} is at {url}; Ctrl-C ends"))
+    with contextlib.suppress(KeyboardInterrupt):
+        serve(run, port=port, host=host, token=token, on_ready=lambda url: say("url", url))

@@ -8,15 +8,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from ..errors import printable
+
 Update = Callable[[str], None]
 
 
 class Screen:
-    """Stages with a live line each. `quiet` sends everything to stderr's silence, for --json."""
+    """Stages with a live line each.
+
+    Args:
+        quiet: keep standard output for the result (--json): stages are shown on standard error, if that is a terminal.
+    """
 
     def __init__(self, quiet: bool = False) -> None:
-        self.quiet = quiet
-        self.live = not quiet and sys.stdout.isatty()
+        self.stream = sys.stderr if quiet else sys.stdout
+        self.live = self.stream.isatty()
+        self.quiet = quiet and not self.live
         self.stages: list[dict[str, Any]] = []
         self._console: Any = None
 
@@ -27,23 +34,25 @@ class Screen:
             from rich.console import Console
 
             width = None if self.live else 150                  # a pipe has no edge to wrap at
-            self._console = Console(highlight=False, quiet=self.quiet, width=width)
+            self._console = Console(file=self.stream, markup=False, highlight=False, quiet=self.quiet, width=width)
         return self._console
 
     def say(self, text: str) -> None:
-        """One line."""
-        self.console.print(text, markup=False)
+        """One line, never broken: what it says may be copied."""
+        self.console.print(printable(text), soft_wrap=True)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Update]:
         """A named stage; call what is given with a short note to show how far it is."""
         began, last = time.perf_counter(), ""
         if self.live:
-            with self.console.status(name) as status:
+            from rich.text import Text
+
+            with self.console.status(Text(name)) as status:
                 def update(note: str) -> None:
                     nonlocal last
                     last = note
-                    status.update(f"{name}  {note}")
+                    status.update(Text(printable(f"{name}  {note}")))
 
                 yield update
         else:

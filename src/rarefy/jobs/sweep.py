@@ -9,13 +9,17 @@ from typing import Any
 from ..catalogue import Entry
 from ..errors import BadInput
 from ..fit import calibrate
-from ..frontier import Frontier, Judge, Point
+from ..frontier import Frontier, Judge
 from ..frontier import sweep as measure_all
 from ..method import Sparse
-from ..store.run import Run
-from .build import check_names, make_plan, places
-from .models import Opened, open_for_work, read_text
+from .build import check_budget, check_names, check_settings, make_plan, places, settings_for
+from .folder import refuse_early, run_folder
+from .models import Opened, check_context, cut_text, digest, opened, probe, read_documents
+from .report import PLURAL, sweep_report, verdict, write_report
 from .screen import Screen, points_table
+
+MAY_GROW = ("request.methods", "request.budgets")
+"""In these a sweep that goes on may differ: the points measured stay what they are."""
 
 
 @dataclass
@@ -33,6 +37,23 @@ class SweepRequest:
     calibration: int = 20_000
     settings: dict[str, Any] = field(default_factory=dict)
 
+    def record(self) -> dict[str, Any]:
+        """Plain JSON, without the folder it goes to: a run may be moved."""
+        return {key: value for key, value in asdict(self).items() if key != "out"}
+
+    def check(self) -> dict[str, Entry]:
+        """Cards of the methods. Raises BadInput for whatever can be seen to be wrong without a model or data."""
+        cards = check_names(self.methods)
+        if dictionaries := [card.name for card in cards if card.unit == "latent"]:
+            raise BadInput(f"{dictionaries[0]} is a dictionary and has to be trained: use `rarefy fit`, then `rarefy judge RUN --against ...`")
+        check_settings(cards, self.settings)
+        if not self.budgets:
+            raise BadInput("no budget named; give fractions of units kept, such as 0.3,0.5")
+        for budget in self.budgets:
+            check_budget(budget)
+        check_context(self.context, tokens=self.tokens, calibration=self.calibration)
+        return {card.name: card for card in cards}
+
 
 @dataclass
 class SweepResult:
@@ -49,65 +70,71 @@ class SweepResult:
         """Print the table."""
         screen = Screen()
         points_table(screen, "", self.frontier.points)
-        screen.say(self.verdict)
+        if self.verdict:
+            screen.say(self.verdict)
         screen.say(f"rarefy show {out}")
 
 
 class Fitter:
-    """Makes fitted plans for one model and one calibration text; calibration statistics are gathered once a budget."""
+    """Makes fitted plans for one model and one calibration text.
+
+    Args:
+        sequential: layer after layer, as `rarefy apply` and `fit` do; otherwise all in one pass over the dense model.
+    """
 
     def __init__(self, opened: Opened, calibration: list[Any], pattern: str, settings: dict[str, Any], *, sequential: bool = False):
         self.opened, self.calibration, self.pattern = opened, calibration, pattern
         self.settings, self.sequential = settings, sequential
 
     def __call__(self, card: Entry, budget: float) -> dict[str, Sparse]:
-        plan = make_plan(self.opened.model, card, self.pattern, budget, self.settings)
+        plan = make_plan(self.opened.model, card, self.pattern, budget, settings_for(card, self.settings))
         calibrate(self.opened.model, plan, self.calibration, sequential=self.sequential)
         return plan
 
+    def rehearse(self, card: Entry, budget: float) -> None:
+        """Raise BadInput for a budget or setting that the method refuses at any of its sites; at one place of each shape."""
+        tried = set()
+        for name, site in places(self.opened.model, card, self.pattern).items():
+            module = self.opened.model.get_submodule(site.module_path)
+            shape = tuple(p.shape for p in module.parameters())
+            if shape not in tried:
+                tried.add(shape)
+                make_plan(self.opened.model, card, name, budget, settings_for(card, self.settings))
 
-def verdict(points: list[Point]) -> str:
-    """Who wins where, in a sentence that holds up: by intervals of CE increase at each budget."""
-    said = []
-    for budget in sorted({p.budget for p in points if p.role != "dense"}):
-        row = sorted((p for p in points if p.budget == budget and p.role != "dense"), key=lambda p: p.metrics["ce_increase"].mean)
-        if len(row) < 2:
-            continue
-        first, second = row[0], row[1]
-        a, b = first.metrics["ce_increase"], second.metrics["ce_increase"]
-        clear = "clearly" if a.high < b.low else "not clearly"
-        said.append(f"at {budget:.0%} kept {first.method} is best ({a.mean:+.3f} nats), {clear} ahead of {second.method} ({b.mean:+.3f})")
-    return "; ".join(said) + "." if said else ""
+
+def role_of(card: Entry) -> str:
+    """What a method is on a frontier."""
+    return "baseline" if card.baseline else "method"
 
 
 def sweep(request: SweepRequest, *, screen: Screen) -> SweepResult:
-    """Do it; points already in the folder are kept."""
-    cards = {c.name: c for c in check_names(request.methods)}
-    if any(c.unit == "latent" for c in cards.values()):
-        raise BadInput("dictionaries are trained: use `rarefy fit` for each, then `rarefy judge RUN --against ...`")
-    with screen.stage("open the model"):
-        opened = open_for_work(request.model)
-    record = {**asdict(request), "out": request.out.name}
-    with Run(request.out, made={"command": "sweep", "request": record, "model": opened.card(), "seed": 0}) as run:
-        for card in cards.values():
-            places(opened.model, card, request.site)
-        with screen.stage("read text"):
-            text = read_text(
-                request.data, opened, context=request.context, fit_tokens=request.calibration, judge_tokens=request.tokens
-            )
+    """Do it; points already in the folder are kept, also where more methods or budgets are asked for now."""
+    cards = request.check()
+    refuse_early(request.out, "sweep", request.record(), MAY_GROW)
+    docs = read_documents(request.data, screen)
+    model = opened(request.model, screen, causal=True)
+    for card in cards.values():
+        places(model.model, card, request.site)
+    text = cut_text(docs, model, screen, context=request.context, fit_tokens=request.calibration, judge_tokens=request.tokens)
+    fitter = Fitter(model, text.fit, request.site, request.settings)
+    for card in cards.values():
+        for budget in request.budgets:
+            fitter.rehearse(card, budget)
+    probe(model, text)
+    made = {"command": "sweep", "request": request.record(), "model": model.card(), "text": digest([*text.fit, *text.judge])}
+    with run_folder(request.out, made, MAY_GROW):
         with screen.stage("dense model") as update:
-            judge = Judge(opened.model, text.judge)
-            update(f"{judge.tokens:,} held-out tokens of {judge.documents} documents")
-        fitter = Fitter(opened, text.fit, request.site, request.settings)
+            judge = Judge(model.model, text.judge)
+            update(f"CE {judge.dense('').metrics['ce'].mean:.3f} on {judge.tokens:,} held-out tokens, documents: {len(text.judge_names)}")
         with screen.stage(f"measure {len(cards)} methods at {len(request.budgets)} budgets") as update:
             frontier = measure_all(
                 judge, list(cards), request.budgets, lambda name, budget: fitter(cards[name], budget),
                 path=request.out / "points.jsonl", on_point=lambda p: update(f"{p.method} {p.budget:g}"),
             )
-        units = sorted({c.unit for c in cards.values()})
-        frontier.points[:0] = [judge.dense(unit) for unit in units]
+        rank = {name: i for i, name in enumerate(cards)}
+        frontier.points.sort(key=lambda p: (rank.get(p.method, len(rank)), p.method, p.budget))
+        units = {PLURAL[p.unit]: p.unit for p in frontier.points}
+        frontier.points[:0] = [judge.dense(unit) for unit in units.values()]
         result = SweepResult(frontier, verdict(frontier.points))
-        from .report import sweep_report, write_report
-
-        write_report(request.out, sweep_report(request, opened, text, frontier, result.verdict, screen, run))
+        write_report(request.out, sweep_report(request, model, text, frontier, screen))
         return result

@@ -137,6 +137,14 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def size_of(path: Path, fs: FS = DISK) -> int:
+    """Bytes of a file, or Damaged."""
+    try:
+        return fs.size(path)
+    except OSError as error:
+        raise Damaged(f"{path} cannot be read: {error.strerror or error}") from error
+
+
 def read_bounded(path: Path, most: int, fs: FS = DISK) -> bytes:
     """A file's bytes, or Damaged if it is missing, unreadable or larger than `most`."""
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BadInput, Damaged
-from .fs import DISK, FS, read_bounded
+from .fs import DISK, FS, read_bounded, size_of
 from .sealed import canonical, read_sealed
 from .tensors import ITEM_BYTES
 
@@ -171,7 +171,7 @@ def shard_numbers(root: Path, fs: FS = DISK) -> int:
 
 def _fresh(root: Path, shard: int, lacks: str, fs: FS) -> bool:
     """Whether a shard without this file is one whose making a crash or power cut stopped before it had rows."""
-    return fs.size(data_path(root, shard)) <= HEADER if lacks == "index" else fs.size(index_path(root, shard)) == 0
+    return size_of(data_path(root, shard), fs) <= HEADER if lacks == "index" else size_of(index_path(root, shard), fs) == 0
 
 
 def foreign_names(root: Path) -> list[str]:
@@ -270,7 +270,7 @@ def read_extent(root: Path, layout: Layout, fs: FS = DISK) -> Extent:
     rows = 0 if not shards or last is None else (shards - 1) * layout.shard_rows + last.rows
     for shard in range(shards):
         held = layout.shard_rows if shard < shards - 1 else (last.rows if last else 0)
-        size, want = fs.size(data_path(root, shard)), HEADER + held * layout.row_bytes
+        size, want = size_of(data_path(root, shard), fs), HEADER + held * layout.row_bytes
         if size < want or (size > want and (closed is not None or shard < shards - 1)):
             hint = f"; if the power failed while it was written, {CUT_OFF}" if closed is None and shard == shards - 1 else ""
             raise Damaged(f"{data_path(root, shard)} has {size} bytes; its {held} rows take {want}{hint}")

@@ -78,7 +78,8 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != named[0]:
             return PlainTextResponse("another origin\n", 403)
-        if headers.get("sec-fetch-site", "none") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":
+        # same-site is refused too: another port of localhost is another program
+        if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and headers.get("sec-fetch-mode") != "navigate":
             return PlainTextResponse("another site\n", 403)
         return self._check_token(scope) if self.token else None
 

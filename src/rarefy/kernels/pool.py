@@ -1,0 +1,68 @@
+"""Memory that is used again.
+
+Filling freshly mapped pages takes ten times as long as filling pages that were written before, so large results of
+kernels (gradients of [F, D] tables, blocks of pre-activations) come from a pool. A buffer is free again when the last
+tensor on it is gone; nobody has to give it back.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LEAST = 1 << 20
+"""Smaller results are left to the allocator, which uses its memory again itself."""
+KEEP = 64
+"""A free buffer is let go when another one is made and this many were handed out since its last use."""
+
+
+@dataclass
+class _Buffer:
+    bytes_: np.ndarray
+    used_at: int
+
+
+_buffers: list[_Buffer] = []
+_lock = threading.Lock()
+_count = 0
+
+
+def _is_free(buffer: _Buffer) -> bool:
+    return sys.getrefcount(buffer.bytes_) == 2      # the list's own and the call's; a tensor on it holds one more
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """As torch.empty on the CPU: contents are whatever was there before."""
+    global _count
+    size = math.prod(shape) * dtype.itemsize
+    if size < LEAST:
+        return torch.empty(shape, dtype=dtype)
+    with _lock:
+        _count += 1
+        for buffer in _buffers:
+            if buffer.bytes_.nbytes == size and _is_free(buffer):
+                break
+        else:
+            _buffers[:] = [b for b in _buffers if not _is_free(b) or _count - b.used_at <= KEEP]
+            buffer = _Buffer(torch.empty(size, dtype=torch.uint8).numpy(), 0)
+            _buffers.append(buffer)
+        buffer.used_at = _count
+        return torch.from_numpy(buffer.bytes_).view(dtype).view(shape)
+
+
+def clear() -> None:
+    """Let go of everything that is free."""
+    with _lock:
+        _buffers[:] = [b for b in _buffers if not _is_free(b)]
+
+
+def held() -> int:
+    """Bytes in the pool, free or not."""
+    with _lock:
+        return sum(b.bytes_.nbytes for b in _buffers)
