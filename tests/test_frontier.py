@@ -201,6 +201,19 @@ def test_density_is_that_of_all_the_text() -> None:
     assert point.budget == 0.5
 
 
+def test_choosing_is_done_once_and_a_method_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = build("llama"), []
+    method, select = positive(model, PATH), Positive.select
+    monkeypatch.setattr(Positive, "select", lambda self, x: calls.append(len(x)) or select(self, x))
+    judge = Judge(model, batches())
+    point = judge.measure({SITE: method}, method="p", unit="neuron")
+    assert len(calls) == len(batches()) and "select" not in vars(method)
+    with pytest.raises(ZeroDivisionError):
+        judge.measure({SITE: method, "layers.1.resid_post": lambda x: 1 / 0}, method="p", unit="neuron")
+    assert "select" not in vars(method) and not method._forward_hooks
+    assert 0 < point.density < 1
+
+
 def test_density_weighs_sites_by_what_they_choose_from() -> None:
     model, held = build("llama"), batches(3)
     paths = ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj"]

@@ -60,8 +60,10 @@ def fit(
     data: Data = "stdlib",
     out: Out = Path("runs/fit"),
     width: Annotated[int, typer.Option(help="Latents of a dictionary.")] = 4096,
-    k: Annotated[int, typer.Option(help="Latents active a token, for methods that fix it.")] = 32,
-    budget: Annotated[float, typer.Option(help="Fraction of units kept (weights, neurons, attention).")] = 0.5,
+    k: Annotated[int | None, typer.Option(help="Latents active a token, for methods that fix it; default 32.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Fraction of units kept; default 0.5. Of latents, given instead of --k, it is k / width.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
     batch: Annotated[int, typer.Option(help="Tokens a training step.")] = 2048,
     lr: Annotated[float, typer.Option(help="Peak learning rate; 0 chooses by width.")] = 0.0,

@@ -230,10 +230,16 @@ def _standing(model: nn.Module, plan: Mapping[str, Any]) -> list[tuple[Sparse, i
 
 
 class _Watch:
-    """Counts what methods keep of what they choose from, over every row that reaches them."""
+    """Counts what methods keep of what they choose from, over every row that reaches them.
+
+    The selection counted is the one that `forward` made: while watched, a method's `select` leaves it here, so that
+    choosing is not done twice.
+    """
 
     def __init__(self, standing: Sequence[tuple[Sparse, int]]) -> None:
         self.standing, self.handles = standing, []
+        self.made: dict[int, Any] = {}
+        """id of a method -> its last selection."""
         self.seen: dict[int, tuple[float, float]] = {}
         """id of a method -> units kept and units there, summed over rows."""
 
@@ -243,16 +249,29 @@ class _Watch:
                 own()                                       # attention counts for itself since it was last asked: begin anew
             elif method.unit != "weight":
                 self.handles.append(method.register_forward_hook(self._count))
+                method.__dict__["select"] = self._noting(method)
         return self
 
     def __exit__(self, *exc: object) -> None:
         for handle in self.handles:
             handle.remove()
+        for method, _ in self.standing:
+            method.__dict__.pop("select", None)
+
+    def _noting(self, method: Sparse) -> Callable[..., Any]:
+        select = method.select
+
+        def noted(*inputs: Tensor) -> Any:
+            self.made[id(method)] = made = select(*inputs)
+            return made
+
+        return noted
 
     @torch.no_grad()
     def _count(self, method: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
-        selection = method.select(*inputs)
-        rows = inputs[0].shape[:-1].numel()
+        if id(method) not in self.made:                     # a forward that does not go through select
+            method.select(*inputs)
+        selection, rows = self.made.pop(id(method)), inputs[0].shape[:-1].numel()
         kept, there = self.seen.get(id(method), (0.0, 0.0))
         self.seen[id(method)] = kept + selection.density * rows * selection.n, there + float(rows * selection.n)
 

@@ -21,11 +21,14 @@ Words = list[Any]
 
 
 def with_(words: Words, **changes: Any) -> Words:
-    """The words with some options' values changed, and new options added."""
+    """The words with some options' values changed, new options added, and those left out whose value is None."""
     words = list(words)
     for name, value in changes.items():
         option = f"--{name}"
-        if option in words:
+        if value is None:
+            at = words.index(option)
+            del words[at : at + 2]
+        elif option in words:
             words[words.index(option) + 1] = value
         else:
             words += [option, value]
@@ -54,7 +57,7 @@ def untouched(folder: Path, call: Callable[[], Answer]) -> Answer:
     ("latents/topk,,latents/topk", {}, ["latents/topk is named twice"]),
     (",", {}, ["no method named", "rarefy methods"]),
     ("latents/topk,weights/wanda", {}, ["not both in one run"]),
-    ("weights/wanda,weights/magnitude", {}, ["one method a run", "rarefy sweep"]),
+    ("weights/wanda,weights/magnitude", {"k": None}, ["one method a run", "rarefy sweep"]),
     ("latents/topk", {"width": 3}, ["width=3 is smaller than k=4"]),
     ("latents/topk", {"width": 0}, ["width=0", ">= 1"]),
     ("latents/topk", {"k": 0}, ["k=0"]),
@@ -66,10 +69,14 @@ def untouched(folder: Path, call: Callable[[], Answer]) -> Answer:
     ("latents/topk", {"context": 2}, ["context=2", "at least 8"]),
     ("latents/topk", {"tokens": -5}, ["tokens=-5"]),
     ("latents/topk", {"seed": -1}, ["seed=-1"]),
-    ("weights/wanda", {"budget": 0}, ["budget=0", "(0, 1]"]),
-    ("weights/wanda", {"budget": 1.5}, ["budget=1.5", "(0, 1]"]),
-    ("weights/wanda", {"budget": "nan"}, ["budget=nan", "(0, 1]"]),
-    ("weights/wanda", {"target": "layers.0.mlp.out"}, ["--target", "weights/wanda"]),
+    ("weights/wanda", {"k": None, "budget": 0}, ["budget=0", "(0, 1]"]),
+    ("weights/wanda", {"k": None, "budget": 1.5}, ["budget=1.5", "(0, 1]"]),
+    ("weights/wanda", {"k": None, "budget": "nan"}, ["budget=nan", "(0, 1]"]),
+    ("weights/wanda", {"k": 4}, ["--k is for dictionaries", "--budget"]),
+    ("latents/topk", {"budget": 0.5}, ["--k 4", "--budget 0.5", "give one of them"]),
+    ("latents/relu", {"budget": 0.5, "k": 32}, ["latents/relu", "--set"]),
+    ("latents/topk", {"budget": 2}, ["budget=2.0", "(0, 1]"]),
+    ("weights/wanda", {"k": None, "target": "layers.0.mlp.out"}, ["--target", "weights/wanda"]),
     ("latents/topk", {"set": "aux_k"}, ["--set 'aux_k'", "name=value"]),
     ("latents/topk", {"set": "auxk=3"}, ["'auxk'", "aux_k"]),
     ("latents/topk", {"set": "width=3"}, ["--set width", "--width"]),
@@ -198,7 +205,7 @@ def test_a_folder_that_is_no_run(run: Run, fit_words: Words, tmp_path: Path, no_
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/cat.jpg").write_text("cat")
     (tmp_path / "file").write_text("")
-    for name, said in (("photos", "cat.jpg"), ("file", "is a file")):
+    for name, said in (("photos", "cat.jpg"), ("file", "is a file"), ("file/below/it", "file is a file")):
         refuses(untouched(tmp_path, lambda name=name: run("fit", "latents/topk", *fit_words[:-1], tmp_path / name)), name, said)
         refuses(untouched(tmp_path, lambda name=name: run("sweep", "weights/wanda", fit_words[0], "--out", tmp_path / name)), name, said)
 
@@ -238,6 +245,12 @@ def test_paths_that_hold_nothing_to_check(run: Run, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
     refuses(run("check", tmp_path), "nothing that rarefy wrote")
     refuses(run("check", tmp_path / "notes.txt"), "nothing that rarefy wrote")
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="everything may be written")
+def test_a_folder_that_may_not_be_written(run: Run, fit_words: Words, tmp_path: Path, no_model: None) -> None:
+    (tmp_path / "locked").mkdir(mode=0o555)
+    refuses(untouched(tmp_path, lambda: run("fit", "latents/topk", *fit_words[:-1], tmp_path / "locked/run")), "no permission", "another --out")
 
 
 @pytest.fixture
@@ -283,7 +296,7 @@ def test_a_full_disk_at_any_write_of_a_fit(
 
 
 def test_a_full_disk_while_a_model_is_saved(run: Run, tiny: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["apply", "weights/magnitude", tiny, "--data", corpus, "--context", CONTEXT, "--calibration", 300, "--out", tmp_path / "pruned"]
+    words = ["apply", "weights/magnitude", tiny, "--data", corpus, "--context", CONTEXT, "--calibration", 300, "--out", tmp_path / "deep/pruned"]
 
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -103,6 +103,13 @@ def test_methods_trained_together_are_those_trained_alone(run: Run, fit_words: l
     assert len(list(both.iterdir())) == 3
 
 
+def test_a_budget_of_latents_is_k_over_width(run: Run, fit_words: list[Any], tmp_path: Path) -> None:
+    at = fit_words.index("--k")
+    assert run("fit", "latents/topk", *fit_words[:at], *fit_words[at + 2 :], "--budget", 0.125).code == 0
+    assert rarefy.load(tmp_path / "run/methods/latents__topk").arguments["k"] == 8
+    assert run("fit", "latents/topk", *fit_words[:at], "--k", 8, *fit_words[at + 2 :], "--json").json["finished_before"]
+
+
 def test_aliases_name_the_same_site(run: Run, fit_words: list[Any], tmp_path: Path) -> None:
     words = ["blocks.0.hook_resid_post" if w == "layers.0.resid_post" else w for w in fit_words]
     assert run("fit", "latents/topk", *words, "--json").json["sites"] == ["layers.0.resid_post"]
@@ -157,10 +164,12 @@ def test_a_damaged_shard_is_named_and_nothing_is_trained_on_it(run: Run, fit_wor
     shard.write_bytes(data)
     shutil.rmtree(tmp_path / "run/methods")
     shutil.rmtree(tmp_path / "run/checkpoints")
-    refuses(run("fit", "latents/topk", *fit_words, "--store"), shard.name)
+    refuses(run("fit", "latents/topk", *fit_words, "--store"), shard.name, f"delete {tmp_path / 'run/activations'}")
     assert not (tmp_path / "run/methods").exists()
     checked = run("check", tmp_path / "run")
     assert checked.code == 1 and shard.name in checked.out and "1 damaged" in checked.out
+    shutil.rmtree(tmp_path / "run/activations")
+    assert run("fit", "latents/topk", *fit_words, "--store").code == 0 and run("check", tmp_path / "run").code == 0
 
 
 # --------------------------------------------------------------------------------------------------- transcoders
@@ -210,6 +219,31 @@ def test_wanda_keeps_the_weights_of_its_own_score(run: Run, tiny: Path, corpus: 
         assert set(mask.nonzero()[:, 0].tolist()) == set(score.argsort(descending=True)[:8].tolist())
     assert run("fit", "weights/wanda", *linear_words(fit_words, "layers.0.up_proj"), "--budget", 0.25, "--json").json["finished_before"]
     refuses(run("fit", "weights/wanda", *linear_words(fit_words, "layers.0.up_proj"), "--budget", 0.5), "request.budget: was 0.25, now 0.5")
+
+
+@pytest.mark.parametrize("headless", [False, True])
+def test_models_without_a_next_token_are_fitted_too(run: Run, tiny: Path, fit_words: list[Any], tmp_path: Path, headless: bool) -> None:
+    from site_models import build
+
+    folder = Path(shutil.copytree(tiny, tmp_path / "bert", ignore=shutil.ignore_patterns("*.safetensors", "config.json")))
+    model = build("bert")
+    model.resize_token_embeddings(257)
+    (tf.BertModel(model.config) if headless else model).save_pretrained(folder)
+    assert run("fit", "latents/topk", folder, *fit_words[1:]).code == 0
+    words = linear_words([folder, *fit_words[1:]], "layers.1.up_proj")
+    assert run("fit", "weights/wanda", *words[:-1], tmp_path / "pruned").code == 0
+    refuses(run("judge", tmp_path / "run"), "causal language model")
+
+
+def test_a_lone_file_is_cut_in_two(tiny: Path, tmp_path: Path) -> None:
+    whole = "".join(f"line {i} of the only file\n" for i in range(200))
+    (tmp_path / "all.txt").write_text(whole)
+    text = rarefy.text(str(tmp_path / "all.txt"), tf.AutoTokenizer.from_pretrained(tiny), context=CONTEXT, fit_tokens=0, judge_tokens=0)
+    (end,) = text.judge_docs
+    assert text.fit_names == ["all.txt (start)"] and end.name == "all.txt (end)" and end.text.startswith("line 1")
+    assert 0.08 < len(end.text) / len(whole) < 0.11 and whole.endswith(end.text)
+    fitted = rarefy.windows(text.fit).flatten().tolist()
+    assert len(fitted) <= len(whole) - len(end.text) + 1   # a token a byte, and <s>
 
 
 @pytest.mark.parametrize(("method", "site", "count"), [

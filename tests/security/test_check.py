@@ -19,7 +19,7 @@ from rarefy.store.check import check
 from rarefy.store.checkpoint import load_checkpoint, save_checkpoint
 from rarefy.store.lines import append_line, read_lines
 from rarefy.store.run import Run, read_run
-from rarefy.store.sealed import check_page
+from rarefy.store.sealed import check_page, seal, seal_page
 from rarefy.store.shards import ActivationStore, ActivationWriter
 from rarefy.ui import read_report
 
@@ -186,8 +186,9 @@ def test_what_is_no_file_is_refused(tmp_path, kind):
     save_checkpoint(base / "points", 1, {"w": torch.ones(3)}, {})
     with Run(base / "run", {"command": "fit"}):
         append_line(base / "run" / "log.jsonl", {"a": 1})
-    (base / "run" / "report.json").write_text("{}")
-    (base / "run" / "report.html").write_text("<html>")
+    (base / "run" / "report.json").write_bytes(seal({"schema": 1}))
+    (base / "run" / "report.html").write_bytes(seal_page(b"<head><title>t</title></head>"))
+    assert check(base).ok
     broken = []
     for file in files(base):
         # a link directly in a run is not followed, and a folder there is none of the run's files

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from rarefy.errors import BadInput
+from rarefy.errors import BadInput, Damaged
 from rarefy.ui import make_app, serve, write_report
 from rarefy.ui.export import module_order
 from rarefy.ui.server import check_address
@@ -192,12 +192,24 @@ def test_report_linked_from_elsewhere_is_not_served(tmp_path):
     write_report(tmp_path / "out", copy.deepcopy(REPORT))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "report.json").symlink_to(tmp_path / "out" / "report.json")
-    reply = TestClient(make_app(tmp_path / "run"), base_url="http://localhost").get("/report.json")
+    with pytest.raises(BadInput, match="leads out"):
+        make_app(tmp_path / "run")
+    (tmp_path / "run" / "report.json").unlink()
+    write_report(tmp_path / "run", copy.deepcopy(REPORT))
+    client = TestClient(make_app(tmp_path / "run"), base_url="http://localhost")
+    assert client.get("/report.json").status_code == 200
+    (tmp_path / "run" / "report.json").unlink()
+    assert client.get("/report.json").status_code == 422
+    write_report(tmp_path / "out", {**copy.deepcopy(REPORT), "title": "another length"})
+    (tmp_path / "run" / "report.json").symlink_to(tmp_path / "out" / "report.json")
+    reply = client.get("/report.json")
     assert reply.status_code == 422 and "leads out" in reply.json()["error"]
 
 
 def test_damaged_report_is_said_and_a_new_one_is_read(run, client):
-    (run / "report.json").write_text('{"schema": 1')
+    with pytest.raises(Damaged, match="report.json"):
+        (run / "report.json").write_text('{"schema": 1')
+        make_app(run)
     assert client.get("/report.json").status_code == 422
     write_report(run, {**copy.deepcopy(REPORT), "title": "again"})
     assert client.get("/report.json").json()["title"] == "again"

@@ -18,12 +18,13 @@ from ..builtin.corpus import Text
 from ..catalogue import Entry
 from ..errors import BadInput
 from ..fit import calibrate
-from ..store.fs import DISK, make_dirs, writing
+from ..store.fs import DISK, writing
 from ..store.lock import LOCK_NAME, RunLock
 from ..store.run import versions
 from ..weights.apply import apply as bake
 from ..weights.linear import MaskedLinear
 from .build import check_budget, check_names, check_settings, make_plan, places
+from .folder import parents_of, refuse_unwritable
 from .models import Opened, check_context, cut_text, opened, probe, read_documents
 from .screen import Screen
 
@@ -61,6 +62,7 @@ class ApplyRequest:
             raise BadInput(f"--share {self.share} gives each layer a budget of its own, but n of m fixes it for all; leave one of them out")
         if DISK.exists(self.out) and (not self.out.is_dir() or DISK.names(self.out)):
             raise BadInput(f"{self.out} is there already and not an empty folder; choose another --out")
+        refuse_unwritable(self.out)
         return card
 
 
@@ -126,8 +128,7 @@ def _stored_dtype(model: nn.Module) -> torch.dtype:
 def _save(model: Opened, dtype: torch.dtype, record: dict[str, Any], out: Path) -> None:
     """The whole model folder in one step: a crash leaves nothing at `out`, and the next attempt clears what it left beside."""
     part = out.with_name(f".tmp-{out.name}")
-    make_dirs(out.parent)
-    with RunLock(part), _gone_on_error(part), writing(out):
+    with parents_of(part), RunLock(part), _gone_on_error(part), writing(out):
         for name in DISK.names(part):
             if name != LOCK_NAME:
                 DISK.rmtree(part / name) if (part / name).is_dir() else DISK.remove(part / name)

@@ -44,6 +44,11 @@ def takes(card: Entry) -> list[str]:
     return sorted(_arguments(card) - FILLED_IN[card.unit])
 
 
+def fixes_k(card: Entry) -> bool:
+    """Whether a dictionary keeps a number of latents that it is told."""
+    return "k" in _arguments(card)
+
+
 def check_settings(cards: list[Entry], settings: Mapping[str, Any]) -> None:
     """Raise BadInput for a setting that none of the methods takes, or that is no plain value."""
     for name, value in settings.items():
@@ -88,7 +93,7 @@ def _own(card: Entry, settings: Mapping[str, Any]) -> dict[str, Any]:
 def dictionary(card: Entry, d: int, *, width: int, k: int, seed: int, settings: Mapping[str, Any], d_out: int = 0) -> Sparse:
     """A dictionary of `width` latents for rows of d; with d_out, a transcoder to rows of that width."""
     there = _arguments(card)
-    if "k" in there and width < k:
+    if fixes_k(card) and width < k:
         raise BadInput(f"width={width} is smaller than k={k}: a token cannot activate more latents than there are")
     if d_out and "d_out" not in there:
         raise BadInput(f"{card.name} gives back what it reads and has no form that reproduces another site; leave it out")

@@ -6,7 +6,7 @@ Shape letters: N = contexts or rows, T = tokens of a context, D = width.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +19,7 @@ from ..errors import BadInput, Damaged
 from ..fit import Recipe, calibrate, train
 from ..method import Sparse, positive
 from ..places import known_sites, sites
+from ..selection import kept
 from ..site import capture
 from ..store.layout import CLOSED, store_name
 from ..store.lines import read_lines
@@ -26,11 +27,12 @@ from ..store.methods import load, save
 from ..store.shards import ActivationStore
 from ..store.writer import ActivationWriter
 from ..streams import LiveStream, StoreStream, Stream, windows
-from .build import check_budget, check_names, check_settings, dictionary, make_plan, places, settings_for
+from .build import check_budget, check_names, check_settings, dictionary, fixes_k, make_plan, places, settings_for
 from .folder import refuse_early, run_folder
 from .models import Opened, check_context, cut_text, digest, opened, probe, read_documents
 from .screen import Screen
 
+ACTIVATIONS = "activations"
 AT_ONCE, SKIP = 16, 1
 """Contexts a forward pass of writing a store, and positions left out of each: see LiveStream."""
 
@@ -45,8 +47,10 @@ class FitRequest:
     site: str = ""
     data: str = "stdlib"
     width: int = 4096
-    k: int = 32
-    budget: float = 0.5
+    k: int | None = None
+    """None: from the budget, or 32."""
+    budget: float | None = None
+    """None: 0.5, or of dictionaries k / width. `check` fills both in."""
     steps: int = 1000
     batch: int = 2048
     lr: float = 0.0
@@ -81,6 +85,9 @@ class FitRequest:
         if not 0 <= self.seed < 2**63:
             raise BadInput(f"seed={self.seed} must be a whole number in 0..2**63 - 1")
         if not all(latent):
+            if self.k is not None:
+                raise BadInput(f"--k is for dictionaries; say how many {cards[0].unit}s are kept with --budget")
+            self.budget = 0.5 if self.budget is None else self.budget
             check_budget(self.budget)
             if len(cards) > 1:
                 raise BadInput("calibrate one method a run; `rarefy sweep` compares several")
@@ -90,13 +97,23 @@ class FitRequest:
             return cards
         self.recipe().check()
         positive("batch", self.batch)
-        positive("width", self.width)
-        positive("k", self.k)
+        self._fix_k(cards)
         if self.target and self.store:
             raise BadInput("--store keeps one site's activations; a transcoder (--target) is trained on the fly: leave --store out")
         for card in cards:                                  # with a width of 1, for the constructor's own checks
-            dictionary(card, 1, width=self.width, k=self.k, seed=0, settings=settings_for(card, self.settings), d_out=int(bool(self.target)))
+            dictionary(card, 1, width=self.width, k=self.k or 1, seed=0, settings=settings_for(card, self.settings), d_out=int(bool(self.target)))
         return cards
+
+    def _fix_k(self, cards: list[Entry]) -> None:
+        positive("width", self.width)
+        if self.budget is not None:
+            check_budget(self.budget)
+            if self.k is not None and self.k != kept(self.budget, self.width):
+                raise BadInput(f"--k {self.k} and --budget {self.budget} contradict each other at a width of {self.width}; give one of them")
+            if learnt := [card.name for card in cards if not fixes_k(card)]:
+                raise BadInput(f"--budget: {learnt[0]} learns how many latents are active; steer it with --set, see `rarefy methods`")
+        self.k = positive("k", kept(self.budget, self.width) if self.budget is not None else 32 if self.k is None else self.k)
+        self.budget = self.k / self.width
 
     def recipe(self) -> Recipe:
         """How dictionaries are trained."""
@@ -189,7 +206,7 @@ def _finished(run: Path, keys: list[str]) -> dict[str, Sparse] | None:
 def _calibrated(
     request: FitRequest, made: dict[str, Any], cards: list[Entry], model: Opened, text: Text, screen: Screen,
 ) -> FitResult:
-    plan = make_plan(model.model, cards[0], request.site, request.budget, request.settings)
+    plan = make_plan(model.model, cards[0], request.site, request.budget or 1.0, request.settings)
     probe(model, text)
     with run_folder(request.out, made) as run:
         if run.resumed and (there := _finished(request.out, list(plan))):
@@ -211,7 +228,7 @@ def _dictionaries(
     widths = {name: value.shape[-1] for name, value in probe(model, text, [site, target] if target else [site]).items()}
     plan = {
         card.name: dictionary(
-            card, widths[site], width=request.width, k=request.k, seed=request.seed, settings=settings_for(card, request.settings),
+            card, widths[site], width=request.width, k=request.k or 1, seed=request.seed, settings=settings_for(card, request.settings),
             d_out=widths[target] if target else 0,
         )
         for card in cards
@@ -222,12 +239,13 @@ def _dictionaries(
         if run.resumed and (there := _finished(request.out, list(plan))):
             records = read_lines(log) if log.exists() else []
             return FitResult(request.out, there, [site], records[-1] if records else {}, True)
-        stream = _stored(request, live, made, widths[site], screen) if request.store else live
-        last = _train(request, {name: m for name, m in plan.items() if m.fitted == "trained"}, stream, site, screen)
-        for name, method in plan.items():
-            if method.fitted == "none":
-                method.initialise(*next(stream.batches()))
-            save(method.eval(), method_folder(request.out, name))
+        with _way_out_of_damage(request.out / ACTIVATIONS):
+            stream = _stored(request, live, made, widths[site], screen) if request.store else live
+            last = _train(request, {name: m for name, m in plan.items() if m.fitted == "trained"}, stream, site, screen)
+            for name, method in plan.items():
+                if method.fitted == "none":
+                    method.initialise(*next(stream.batches()))
+                save(method.eval(), method_folder(request.out, name))
     return FitResult(request.out, plan, [site], last)
 
 
@@ -244,10 +262,20 @@ def _train(request: FitRequest, plan: dict[str, Sparse], stream: Stream, site: s
     return last
 
 
+@contextlib.contextmanager
+def _way_out_of_damage(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Damaged as error:
+        if str(folder) not in str(error):
+            raise
+        raise Damaged(f"{error}; delete {folder}, and the same command writes it again") from None
+
+
 def _stored(request: FitRequest, live: LiveStream, made: dict[str, Any], d: int, screen: Screen) -> StoreStream:
     """The stream's activations on disk, each context's once, and a stream of them."""
     from_ = {"model": made["model"], "site": live.site, "text": made["text"], "context": request.context, "skip": SKIP}
-    folder = request.out / "activations" / store_name(from_)
+    folder = request.out / ACTIVATIONS / store_name(from_)
     ids_NT: Tensor = live.windows_NT
     rows = (ids_NT.shape[1] - SKIP) * AT_ONCE
     if not (folder / CLOSED).exists():

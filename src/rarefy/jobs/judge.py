@@ -142,11 +142,11 @@ def _dictionaries(bench: _Bench, screen: Screen) -> list[Point]:
         live = LiveStream(bench.model.model, site, windows(bench.text.fit), request.batch, seed=request.seed)
         x_ND, y_ND = next(live.batches())
         settings = settings_for(card, request.settings)
-        made = dictionary(card, x_ND.shape[1], width=request.width, k=request.k, seed=request.seed, settings=settings)
+        made = dictionary(card, x_ND.shape[1], width=request.width, k=request.k or 1, seed=request.seed, settings=settings)
         made.initialise(x_ND, y_ND)
         bench.plan[card.name] = made.eval()
     points = []
-    with screen.stage(f"splice {len(bench.plan)} dictionaries at {target or site}") as update:
+    with screen.stage(f"splice {'dictionaries' if len(bench.plan) > 1 else 'the dictionary'} at {target or site}") as update:
         lost = ablate(bench.board, target or site)
         for name, method in bench.plan.items():
             points.append(judge_dictionary(bench.board, site, method, lost, target=target, role=role_of(entry(name)), name=name))
@@ -173,6 +173,6 @@ def _plans(bench: _Bench, screen: Screen) -> list[Point]:
         with screen.stage(f"judge {card.name}"):
             settings = settings_for(card, request.settings)
             fitter = Fitter(bench.model, bench.text.fit, request.site, settings, sequential=True)
-            plan = fitter(card, request.budget) if card in bench.others else bench.plan
+            plan = fitter(card, request.budget or 1.0) if card in bench.others else bench.plan
             points.append(bench.board.measure(plan, method=card.name, unit=card.unit, role=role_of(card)))
     return points

@@ -122,5 +122,6 @@ def probe(opened: Opened, found: Text, names: Sequence[str] = ()) -> dict[str, T
         for name, value in got.items():
             check_finite(value, f"activations of {opened.info.name} at {name}")
         return got
-    check_finite(opened.model(input_ids=ids_BT, use_cache=False).logits, f"logits of {opened.info.name}")
+    more = {"use_cache": False} if hasattr(config_of(opened.model), "use_cache") else {}
+    check_finite(opened.model(input_ids=ids_BT, **more)[0], f"output of {opened.info.name}")      # logits, or the last layer's rows
     return {}

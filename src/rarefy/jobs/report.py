@@ -115,9 +115,12 @@ def write_report(run: Path, report: dict[str, Any]) -> Path:
 
 
 def verdict(points: Sequence[Point]) -> str:
-    """Who wins where, in a sentence that holds up: by intervals of CE increase at each budget, among methods of one unit."""
+    """Who wins where, in a sentence that holds up: by intervals of CE increase at each budget, among methods of one unit.
+
+    Methods told to keep everything, or not told how much (dictionaries that learn it), are compared with none.
+    """
     said = []
-    judged = [p for p in points if p.role != "dense"]
+    judged = [p for p in points if p.role != "dense" and p.budget < 1]
     for unit in dict.fromkeys(PLURAL[p.unit] for p in judged):
         for budget in sorted({p.budget for p in judged}):
             row = [p for p in judged if p.budget == budget and PLURAL[p.unit] == unit]
@@ -159,9 +162,8 @@ def show(run: Path, *, port: int, host: str, token: str, export: Path | None, sa
         command = read_run(run)["made"].get("command")
         way = f"`rarefy judge {run}` makes one" if command == "fit" else f"run its `rarefy {command}` to the end"
         raise BadInput(f"{run} holds no page yet; {way}")
-    report = read_report(run)
     if export is not None:
-        say("page", str(write_page(report, export)))
+        say("page", str(write_page(read_report(run), export)))
         return
     with contextlib.suppress(KeyboardInterrupt):
         serve(run, port=port, host=host, token=token, on_ready=lambda url: say("url", url))

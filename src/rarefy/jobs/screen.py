@@ -89,7 +89,7 @@ def points_table(screen: Screen, title: str, points: Sequence[Any], extra: Seque
     for p in points:
         ce, kl, top1 = (p.metrics.get(m) for m in ("ce_increase", "kl", "top1"))
         rows.append([
-            p.method, f"{p.budget:.3g}", f"{p.density:.3g}",
+            p.method, "-" if p.unit == "latent" and p.role != "dense" and p.budget == 1 else f"{p.budget:.3g}", f"{p.density:.3g}",
             f"{ce.mean:+.4f} [{ce.low:+.4f}, {ce.high:+.4f}]" if ce else "-", f"{kl.mean:.4f}" if kl else "-",
             f"{top1.mean:.1%}" if top1 else "-", *(f"{p.metrics[m].mean:.4g}" if m in p.metrics else "-" for m in extra),
         ])

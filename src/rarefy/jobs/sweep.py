@@ -69,7 +69,8 @@ class SweepResult:
     def show(self, out: Path) -> None:
         """Print the table."""
         screen = Screen()
-        points_table(screen, "", self.frontier.points)
+        points = self.frontier.points
+        points_table(screen, "", [p for i, p in enumerate(points) if p.role != "dense" or i == 0])      # one dense row for all units
         if self.verdict:
             screen.say(self.verdict)
         screen.say(f"rarefy show {out}")

@@ -28,13 +28,15 @@ class _Buffer:
     used_at: int
 
 
+_first = _Buffer(np.empty(0, dtype=np.uint8), 0)
+_FREE = sys.getrefcount(_first.bytes_)
 _buffers: list[_Buffer] = []
 _lock = threading.Lock()
 _count = 0
 
 
 def _is_free(buffer: _Buffer) -> bool:
-    return sys.getrefcount(buffer.bytes_) == 2      # the list's own and the call's; a tensor on it holds one more
+    return sys.getrefcount(buffer.bytes_) == _FREE      # a tensor on it holds one more
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,7 @@ MOST = 4 << 20
 MOST_REPORT = 1 << 29
 """Largest report or page read."""
 _TAIL = re.compile(rb',\n "seal": "([0-9a-f]{32})"\n}\n')
-_TAIL_BYTES = 48
+SEAL_BYTES = 48
 _META = re.compile(rb'<meta name="rarefy-seal" content="([0-9a-f]{32})">')
 
 
@@ -33,8 +33,8 @@ def seal(document: dict[str, Any]) -> bytes:
     if not document or "seal" in document:
         raise BadInput("a document to seal needs at least one entry, and none called 'seal'")
     body = text.encode()[:-2]  # without its "\n}"
-    if len(body) + _TAIL_BYTES > MOST:
-        raise BadInput(f"the document has {len(body)} bytes; at most {MOST - _TAIL_BYTES} can be kept")
+    if len(body) + SEAL_BYTES > MOST:
+        raise BadInput(f"the document has {len(body)} bytes; at most {MOST - SEAL_BYTES} can be kept")
     return seal_body(body)
 
 
@@ -45,8 +45,8 @@ def seal_body(body: bytes) -> bytes:
 
 def unseal(data: bytes, path: str | Path) -> dict[str, Any]:
     """The document in `data`, or Damaged naming `path` if a single bit is not as it was sealed."""
-    tail = _TAIL.fullmatch(data[-_TAIL_BYTES:])
-    body = data[:-_TAIL_BYTES]
+    tail = _TAIL.fullmatch(data[-SEAL_BYTES:])
+    body = data[:-SEAL_BYTES]
     if tail is None:
         raise Damaged(f"{path} has no seal at its end: truncated, or not written by rarefy")
     if xxhash.xxh3_128_hexdigest(body).encode() != tail[1]:

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import BadInput, Damaged
 from ..store.atomic import write_atomic
 from ..store.fs import read_bounded
-from ..store.sealed import MOST_REPORT, seal_body, unseal
+from ..store.sealed import MOST_REPORT, SEAL_BYTES, seal_body, unseal
 from .schema import Report, validate
 
 NAME = "report.json"
@@ -51,13 +51,22 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> Path:
 
 def read_report(folder: Path) -> Report:
     """The report of a run folder. Raises BadInput where there is none, Damaged where it cannot be read."""
-    folder = Path(folder)
+    return _read(Path(folder))[0]
+
+
+def report_json(folder: Path) -> bytes:
+    """The same as JSON, checked and as it was written: a large report is not spelt anew for each reader."""
+    return _read(Path(folder))[1][:-SEAL_BYTES] + b"}"
+
+
+def _read(folder: Path) -> tuple[Report, bytes]:
     path = folder / NAME
     if not path.is_file():
         raise BadInput(f"{folder}: no {NAME}; name a run folder made by `rarefy demo`, `fit`, `judge` or `sweep`")
     if not path.resolve().is_relative_to(folder.resolve()):
         raise BadInput(f"{path}: leads out of the run folder; copy the file instead of linking it")
+    data = read_bounded(path, MOST_REPORT)
     try:
-        return validate(unseal(read_bounded(path, MOST_REPORT), path))
+        return validate(unseal(data, path)), data
     except BadInput as error:
         raise Damaged(f"{path}: {error}") from None

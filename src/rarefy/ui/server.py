@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import BadInput, RarefyError
 from .export import module_order, static
-from .report import NAME, dumps, read_report
+from .report import NAME, report_json
 
 POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
 HEADERS = {
@@ -110,22 +110,25 @@ def _file(name: str) -> Callable[[Request], Response]:
 def make_app(run_folder: Path, hosts: Iterable[str] = LOOPBACK, token: str = "") -> ASGIApp:
     """The application that shows `run_folder`. `hosts` are the names it answers to (none: any, with a token).
 
-    Raises BadInput when the folder holds no report.json.
+    Raises BadInput when the folder holds no report.json, Damaged when that is not whole.
     """
     folder = Path(run_folder)
-    if not (folder / NAME).is_file():
-        read_report(folder)  # raises with the advice
-    kept: dict[tuple[int, int], str] = {}
+    kept: dict[tuple[int, int], bytes] = {}
+
+    def current() -> bytes:
+        stat = (folder / NAME).stat() if (folder / NAME).is_file() else None
+        stamp = (stat.st_mtime_ns, stat.st_size) if stat else (0, 0)
+        if stamp not in kept:
+            data = report_json(folder)  # raises with the advice
+            kept.clear()
+            kept[stamp] = data
+        return kept[stamp]
+
+    current()  # checking a large report takes seconds: before the first visitor waits for it
 
     def report(request: Request) -> Response:
         try:
-            stat = (folder / NAME).stat()
-            stamp = (stat.st_mtime_ns, stat.st_size)
-            if stamp not in kept:
-                text = dumps(read_report(folder))
-                kept.clear()
-                kept[stamp] = text
-            return Response(kept[stamp], media_type="application/json")
+            return Response(current(), media_type="application/json")
         except (RarefyError, OSError) as error:
             said = str(error).encode("utf-8", "replace").decode()
             return JSONResponse({"error": said}, 422)
