@@ -304,6 +304,7 @@ def test_points_come_back_from_disk_as_they_were(tmp_path: Path) -> None:
     assert Frontier.load(tmp_path / "p.jsonl").points == points
     for line in (tmp_path / "p.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert json.dumps([p.as_json() for p in points], allow_nan=False)
     nan = Point("m", "weight", "method", 0.5, 0.5, {"ce": Interval(math.nan, math.nan, math.nan)})
     assert math.isnan(Point.from_json(nan.as_json()).metrics["ce"].mean)
     assert Frontier.load(tmp_path / "absent.jsonl").points == []

@@ -115,7 +115,7 @@ def _drawn(unit: Mapping[str, Any], box: Frame) -> list[str]:
     sparse = [p for p in points if p["role"] != "dense"]
     if not sparse:
         raise BadInput(f"frontier of {unit['unit']}: no point has both {x!r} and {y!r}")
-    at_x, at_y, grid = _axes(sparse, points, x, y, box)
+    at_x, at_y, grid = _axes(sparse, points, x, y, box, shares=unit["y"].get("better", "low") == "high")
     spot = lambda p: (at_x(_place(p, x)), at_y(_place(p, y)))  # noqa: E731
     body = [*grid, *_frame(unit, box)]
     front = [spot(p) for p in pareto_front(points, x, y, unit["y"].get("better", "low"))]
@@ -144,12 +144,12 @@ def _drawn(unit: Mapping[str, Any], box: Frame) -> list[str]:
 
 
 def _axes(
-    sparse: Sequence[Point], points: Sequence[Point], x: str, y: str, box: Frame
+    sparse: Sequence[Point], points: Sequence[Point], x: str, y: str, box: Frame, shares: bool
 ) -> tuple[Callable[..., float], Callable[..., float], list[str]]:
     xs, ys = [_place(p, x) for p in sparse], [_place(p, y) for p in points]
     sizes = sorted(abs(v) for v in ys if v)
     log_x = min(xs) > 0 and max(xs) / min(xs) > 20
-    log_y = bool(sizes) and sizes[-1] / sizes[0] > 10
+    log_y = not shares and bool(sizes) and sizes[-1] / sizes[0] > 10
     knee = max(sizes[len(sizes) // 4], sizes[-1] / 1000) if sizes else 1.0
     warp_x = math.log if log_x else lambda v: v
     warp_y = (lambda v: math.asinh(v / knee)) if log_y else lambda v: v

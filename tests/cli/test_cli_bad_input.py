@@ -35,10 +35,14 @@ def with_(words: Words, **changes: Any) -> Words:
     return words
 
 
+def forbid_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on, opening a model fails the test: what is wrong can be seen without one."""
+    monkeypatch.setattr("rarefy.hub.open_model", lambda *_, **__: pytest.fail("the model was opened"))
+
+
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Opening a model fails the test: what is wrong can be seen without one."""
-    monkeypatch.setattr("rarefy.hub.open_model", lambda *_, **__: pytest.fail("the model was opened"))
+    forbid_models(monkeypatch)
 
 
 def untouched(folder: Path, call: Callable[[], Answer]) -> Answer:
@@ -194,8 +198,9 @@ def test_nan_activations(run: Run, tiny: Path, corpus: Path, tmp_path: Path, wor
 # ----------------------------------------------------------------------------------------------- folders, disks
 
 
-def test_a_run_in_use(run: Run, tiny: Path, corpus: Path, fit_words: Words, tmp_path: Path) -> None:
+def test_a_run_in_use(run: Run, fit_words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("fit", "latents/topk", *fit_words).code == 0
+    forbid_models(monkeypatch)
     with RunLock(tmp_path / "run"):
         refuses(run("fit", "latents/topk", *fit_words), "being written by process", str(os.getpid()))
         refuses(run("judge", tmp_path / "run"), "being written by process")

@@ -22,7 +22,7 @@ def test_a_dictionary_from_fitting_to_its_page(run: Run, tmp_path: Path) -> None
     got = run("judge", out, "--against", "dense,latents/random", "--tokens", 6000, "--json")
     assert got.code == 0
     found = {p["method"]: {k: m["mean"] for k, m in p["metrics"].items()} for p in got.json["points"]}
-    assert list(found) == ["dense", "latents/gated", "latents/topk", "latents/random"]
+    assert list(found) == ["dense", "latents/topk", "latents/gated", "latents/random"]
     assert found["latents/topk"]["loss_recovered"] > found["latents/random"]["loss_recovered"] + 0.05
     assert found["latents/topk"]["l0"] <= 32 and found["latents/topk"]["fvu"] < found["latents/random"]["fvu"]
     assert run("show", out, "--export", tmp_path / "page.html").code == 0 and run("check", tmp_path / "runs").code == 0

@@ -180,6 +180,7 @@ def test_a_transcoder_learns_the_mlp(run: Run, tiny: Path, corpus: Path, fit_wor
     got = run("fit", "latents/topk", *words, "--target", "blocks.0.hook_mlp_out", "--steps", 150, "--json")
     assert got.code == 0 and got.json["sites"] == ["layers.0.mlp.in"]
     method = rarefy.load(tmp_path / "run/methods/latents__topk")
+    assert method.arguments["d_out"] == 32
     x_NTD, y_NTD = flows(contexts(tiny, corpus), "model.layers.0.mlp")
     x_ND, y_ND = x_NTD[:, 1:].flatten(0, 1), y_NTD[:, 1:].flatten(0, 1)
     assert fvu(y_ND, method(x_ND)) < 0.7 < fvu(x_ND, method(x_ND))
@@ -255,3 +256,5 @@ def test_other_families_are_kept_site_by_site(run: Run, fit_words: list[Any], tm
     assert got.code == 0 and len(got.json["fitted"]) == count == len(list((tmp_path / "run/methods").iterdir()))
     judged = run("judge", tmp_path / "run", "--tokens", 500, "--json")
     assert judged.code == 0 and [p["method"] for p in judged.json["points"]] == ["dense", method]
+    shutil.rmtree(next((tmp_path / "run/methods").iterdir()))
+    refuses(run("judge", tmp_path / "run"), "holds no fitted layers.", "to the end first")

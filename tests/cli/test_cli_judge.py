@@ -83,7 +83,7 @@ def fitted(run: Run, fit_words: list[Any], tmp_path: Path) -> Path:
 def test_dictionaries_are_judged_as_by_hand(run: Run, tiny: Path, corpus: Path, fitted: Path) -> None:
     got = run("judge", fitted, "--against", "dense,latents/random", "--tokens", TOKENS, "--json")
     assert got.code == 0 and got.err == "" and got.json["schema"] == 1
-    assert [p["method"] for p in got.json["points"]] == ["dense", "latents/gated", "latents/topk", "latents/random"]
+    assert [p["method"] for p in got.json["points"]] == ["dense", "latents/topk", "latents/gated", "latents/random"]
     batches = held_out(tiny, corpus)
     method = rarefy.load(fitted / "methods/latents__topk")
     path = "model.layers.0"
@@ -160,7 +160,7 @@ def test_the_page_and_the_points_are_those_of_the_last_judging(run: Run, fitted:
         assert read_lines(fitted / "points.jsonl") == [p for p in got.json["points"] if p["role"] != "dense"]
     report = json.loads((fitted / "report.json").read_text())
     assert [c["method"] for c in report["curves"]] == ["latents/topk", "latents/gated"]
-    assert [p["method"] for p in report["units"][0]["points"]] == ["dense", "latents/gated", "latents/topk"]
+    assert [p["method"] for p in report["units"][0]["points"]] == ["dense", "latents/topk", "latents/gated"]
     assert "none fitted on" in report["model"]["heldout"] and report["model"]["sha256"]
     got = run("show", fitted, "--export", tmp_path / "page.html", "--json")
     assert got.json == {"schema": 1, "page": str(tmp_path / "page.html")}

@@ -105,7 +105,11 @@ def test_any_encoding_and_width(environment: dict[str, str], tmp_path: Path) -> 
     odd = tmp_path / "caf\u00e9 \u2192 \u65e5\u672c"
     got = shell("check", odd, **environment)
     assert got.returncode == 2 and b"Traceback" not in got.stderr and b"does not exist" in got.stderr and b"caf" in got.stderr
-    assert b"\x1b" not in got.stdout + got.stderr
+    odd.mkdir()
+    (odd / "run.json").write_text("{")
+    damaged = shell("check", odd, **environment)            # on standard output, where Python's own default is to fail
+    assert damaged.returncode == 1 and damaged.stdout.startswith(b"damaged: ") and b"caf" in damaged.stdout and damaged.stderr == b""
+    assert b"\x1b" not in got.stdout + got.stderr + damaged.stdout
 
 
 def test_names_that_are_no_unicode(tmp_path: Path) -> None:
@@ -237,6 +241,7 @@ def test_a_real_process_and_a_real_signal(run: Run, fit_words: list[Any], tmp_pa
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
         while not log.exists() and process.poll() is None:
             time.sleep(0.02)
+        assert process.poll() is None, process.communicate()
         refuses(run(*words), f"being written by process {process.pid}")
         process.send_signal(signum)
         _, said = process.communicate(timeout=60)

@@ -17,6 +17,7 @@ from rarefy.method import Sparse
 from rarefy.store.atomic import write_atomic
 from rarefy.store.check import check
 from rarefy.store.fs import FS, make_dirs
+from rarefy.store.lines import append_line, read_lines
 from rarefy.store.methods import load, save
 from rarefy.store.shards import ActivationStore, ActivationWriter
 
@@ -178,6 +179,19 @@ def test_an_atomic_write_is_the_old_or_the_new(tmp_path):
         assert found in (None, b"old!", b"new!!") and (found is not None or cut < first)
         assert found == b"new!!" or cut < len(fs.ops)
     assert seen == {None, b"old!", b"new!!"}
+
+
+def test_lines_of_a_log_survive_and_it_goes_on(tmp_path):
+    fs, base, acked = Recorder(tmp_path), tmp_path / "after", []
+    for number in range(4):
+        append_line(tmp_path / "log.jsonl", {"n": number}, fs)
+        acked.append(len(fs.ops))
+    for cut in cuts(fs, tmp_path, base):
+        must = sum(ops <= cut for ops in acked)
+        found = read_lines(base / "log.jsonl") if (base / "log.jsonl").exists() else []
+        assert len(found) >= must and [r["n"] for r in found] == list(range(len(found)))
+        append_line(base / "log.jsonl", {"n": len(found)})
+        assert [r["n"] for r in read_lines(base / "log.jsonl")] == list(range(len(found) + 1))
 
 
 def test_a_method_saved_over_another_is_the_old_or_the_new(tmp_path):

@@ -74,7 +74,8 @@ MUTATIONS = {
         "selection.py", "weight, index = scores.topk(k, dim=-1, sorted=False)", "weight, index = scores.topk(max(1, k - 1), dim=-1, sorted=False)",
         "tests/test_selection.py -k top_k"),
     "the encoder keeps one less": Mutation(
-        "kernels/sparse_encode/__init__.py", "_select(x_ND, weight_FD, bias_F, k)\n        ctx", "_select(x_ND, weight_FD, bias_F, k - 1 or 1)\n        ctx",
+        "kernels/sparse_encode/__init__.py",
+        "_select(x_ND, weight_FD, bias_F, k)\n        ctx", "_select(x_ND, weight_FD, bias_F, k - 1 or 1)\n        ctx",
         "tests/numerics/test_sparse_decode.py -k encode"),
     "the encoder learns nothing": Mutation(
         "kernels/sparse_encode/__init__.py", "scatter_rows(grad_M, ctx.routes, x_ND) if ctx.needs_input_grad[1] else None", "None",
@@ -96,14 +97,16 @@ MUTATIONS = {
     "KL is taken the other way round": Mutation(
         "frontier.py", "kl_div(log_NV, dense_NV,", "kl_div(dense_NV, log_NV,", "tests/test_frontier.py -k by_hand"),
     "attention stays in the model's config": Mutation(
-        "attach.py", "            config._attn_implementation_internal = before[i]", "            pass", "tests/test_site_attention.py -k exceptions"),
+        "attach.py", "            config._attn_implementation_internal = before[i]", "            pass",
+        "tests/test_site_attention.py -k exceptions"),
     "a shard's data is not synced": Mutation(
         "store/writer.py", "        self._fs.sync(data_path(self.root, shard))\n", "", "tests/crash/test_store_power.py -k synced"),
     "a shard's names are not synced": Mutation(
         "store/writer.py", 'fs.write(index_path(self.root, shard), b"")\n                fs.sync_dir(self.root)',
         'fs.write(index_path(self.root, shard), b"")', "tests/crash/test_store_power.py -k synced"),
     "a full shard is not synced": Mutation(
-        "store/writer.py", "            if not rows % layout.shard_rows:\n                self._sync(shard)\n", "", "tests/crash/test_store_power.py -k synced"),
+        "store/writer.py", "            if not rows % layout.shard_rows:\n                self._sync(shard)\n", "",
+        "tests/crash/test_store_power.py -k synced"),
     "rows are acknowledged before they are written": Mutation(
         "store/writer.py", "            fs.append(data_path(self.root, shard), piece)\n"
         "            fs.append(index_path(self.root, shard), self._records(shard, inside, piece, take, at + take == count))",
@@ -136,7 +139,8 @@ MUTATIONS = {
         "store/permutation.py", "        out[outside] = _feistel(out[outside], half, keys)", "        out[outside] %= np.uint64(n)",
         "tests/fuzz/test_store_roundtrip.py -k permutation"),
     "two writers share a folder": Mutation(
-        "store/lock.py", "        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)", "        pass", "tests/crash/test_checkpoint_kill.py -k second_process"),
+        "store/lock.py", "        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)", "        pass",
+        "tests/crash/test_checkpoint_kill.py -k second_process"),
     "a renamed store is taken": Mutation(
         "store/layout.py", "(_NAME.fullmatch(root.name) and root.name != name)", "False", "tests/fuzz/test_store_roundtrip.py -k name_binds"),
     "resuming forgets the generator": Mutation(

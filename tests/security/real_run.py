@@ -49,10 +49,10 @@ def request(base: Path, **changes) -> FitRequest:
     return FitRequest(**{**asked, **changes})
 
 
-def make_run(base: Path) -> Path:
+def make_run(base: Path, **changes) -> Path:
     """Fit and judge; the run's folder."""
     make_model(base / "model")
     make_text(base / "text")
-    fit(request(base), screen=Screen(quiet=True))
+    fit(request(base, **changes), screen=Screen(quiet=True))
     judge(base / "run", ["dense", "latents/random"], data="", tokens=600, screen=Screen(quiet=True))
     return base / "run"

@@ -219,8 +219,8 @@ class _Reader:
 def _verdict(unit: str, points: list[Point]) -> str:
     if unit == "recall":
         dense = points[0].metrics["recall"].mean
-        kept = [f"at {b:.0%} kept " + ", ".join(f"{p.method} {p.metrics['recall'].mean:.1%}" for p in points if p.budget == b) for b in KEY_BUDGETS]
-        return f"Dense recalls {dense:.1%}; {'; '.join(kept)}."
+        kept = [f"At {b:.0%} kept: " + ", ".join(f"{p.method} {p.metrics['recall'].mean:.1%}" for p in points if p.budget == b) for b in KEY_BUDGETS]
+        return f"Dense recalls {dense:.1%}. {'. '.join(kept)}."
     if unit != "latents":
         return verdict(points)
     at = {p.method: p for p in points if round(p.metrics["l0"].mean if "l0" in p.metrics else -1) == K}

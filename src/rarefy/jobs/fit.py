@@ -6,7 +6,7 @@ Shape letters: N = contexts or rows, T = tokens of a context, D = width.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -149,13 +149,17 @@ def method_folder(run: Path, key: str) -> Path:
     return run / "methods" / key.replace("/", "__")
 
 
-def saved_plan(run: Path) -> dict[str, Sparse]:
-    """Every method a run holds, by key."""
-    folder = run / "methods"
-    names = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
-    if not names:
-        raise BadInput(f"{run} holds no fitted method; run its `rarefy fit` to the end first")
-    return {name.replace("__", "/"): load(folder / name) for name in names}
+def saved_plan(run: Path, keys: Iterable[str]) -> dict[str, Sparse]:
+    """A run's methods by key. Raises BadInput where one was not fitted yet."""
+    plan = {}
+    for key in keys:
+        try:
+            plan[key] = load(method_folder(run, key))
+        except BadInput:
+            if method_folder(run, key).exists():
+                raise
+            raise BadInput(f"{run} holds no fitted {key} yet; run its `rarefy fit` to the end first") from None
+    return plan
 
 
 def fit(request: FitRequest, *, screen: Screen) -> FitResult:
@@ -193,10 +197,10 @@ def _target(model: Opened, site: str, asked: str) -> str:
     return names[0] if names[0] != site else ""
 
 
-def _finished(run: Path, keys: list[str]) -> dict[str, Sparse] | None:
+def _finished(run: Path, keys: Iterable[str]) -> dict[str, Sparse] | None:
     """The run's methods, if all of them were saved and are whole."""
     with contextlib.suppress(BadInput, Damaged):
-        return {key: load(method_folder(run, key)) for key in keys}
+        return saved_plan(run, keys)
     return None
 
 
@@ -209,7 +213,7 @@ def _calibrated(
     plan = make_plan(model.model, cards[0], request.site, request.budget or 1.0, request.settings)
     probe(model, text)
     with run_folder(request.out, made) as run:
-        if run.resumed and (there := _finished(request.out, list(plan))):
+        if run.resumed and (there := _finished(request.out, plan)):
             return FitResult(request.out, there, list(there), {}, True)
         with screen.stage(f"fit {cards[0].name} at {len(plan)} sites") as update:
             calibrate(model.model, plan, text.fit, on_progress=lambda site, n: update(f"{site}, batch {n}"))
@@ -236,7 +240,7 @@ def _dictionaries(
     live = LiveStream(model.model, site, windows(text.fit), request.batch, target=target or None, seed=request.seed)
     with run_folder(request.out, made) as run:
         log = request.out / "log.jsonl"
-        if run.resumed and (there := _finished(request.out, list(plan))):
+        if run.resumed and (there := _finished(request.out, plan)):
             records = read_lines(log) if log.exists() else []
             return FitResult(request.out, there, [site], records[-1] if records else {}, True)
         with _way_out_of_damage(request.out / ACTIVATIONS):

@@ -21,7 +21,6 @@ from ..tasks.concepts import label_batches
 from .build import check_names, dictionary, settings_for
 from .dictionaries import ablate, describe, judge_dictionary
 from .fit import FitRequest, saved_plan
-from .folder import refuse_held
 from .models import Opened, check_context, cut_text, digest, opened, probe, read_documents
 from .report import PLURAL, page, unit_panel, verdict, write_report
 from .screen import Screen, points_table
@@ -70,12 +69,9 @@ def judge(run: Path, against: list[str], *, data: str, tokens: int, screen: Scre
     made, request = _fitted(run)
     others = _others(request, against)
     check_context(request.context, tokens=tokens)
-    refuse_held(run)
-    plan = saved_plan(run)
-    if unfinished := sorted({*request.methods} - {m.name for m in plan.values()}):
-        raise BadInput(f"{run} holds no {unfinished[0]} yet; run its `rarefy fit` to the end first")
-    docs = read_documents(data or request.data, screen)
+    plan = saved_plan(run, request.methods if entry(request.methods[0]).unit == "latent" else made["sites"])
     with RunLock(run):
+        docs = read_documents(data or request.data, screen)
         model = opened(request.model, screen, causal=True)
         if model.info.sha256 != made["model"]["sha256"]:
             raise BadInput(

@@ -130,8 +130,8 @@ def verdict(points: Sequence[Point]) -> str:
             a, b = first.metrics["ce_increase"], second.metrics["ce_increase"]
             clear = "clearly" if a.high < b.low else "not clearly"
             kept = f"{budget:.0%}" if budget >= 0.1 else f"{budget:.2%}"
-            said.append(f"at {kept} kept {first.method} is best ({a.mean:+.3f} nats), {clear} ahead of {second.method} ({b.mean:+.3f})")
-    return "; ".join(said) + "." if said else ""
+            said.append(f"At {kept} kept, {first.method} is best ({a.mean:+.3f} nats), {clear} ahead of {second.method} ({b.mean:+.3f}).")
+    return " ".join(said)
 
 
 def sweep_report(request: Any, opened: Opened, text: Text, frontier: Frontier, screen: Screen) -> dict[str, Any]:

@@ -52,10 +52,15 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
                 break
         else:
             _buffers[:] = [b for b in _buffers if not _is_free(b) or _count - b.used_at <= KEEP]
-            buffer = _Buffer(torch.empty(size, dtype=torch.uint8).numpy(), 0)
+            buffer = _Buffer(np.empty(size, dtype=np.uint8), 0)         # numpy asks for huge pages, torch does not
             _buffers.append(buffer)
         buffer.used_at = _count
         return torch.from_numpy(buffer.bytes_).view(dtype).view(shape)
+
+
+def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Zeros of `like`'s dtype and device, from the pool where that is the CPU."""
+    return empty(shape, like.dtype).zero_() if like.device.type == "cpu" else like.new_zeros(shape)
 
 
 def clear() -> None:

@@ -20,6 +20,9 @@ from ..kernels.sparse_decode import sparse_decode
 from ..method import Sparse, positive
 from ..selection import Selection, check_finite
 
+_AT_ONCE = 1024
+"""Rows C of a decoder worked on at a time, so that what they need in between stays in cache."""
+
 
 class Dictionary(Sparse):
     """Base of autoencoders (d_out = 0) and transcoders (d_out > 0: another output, b_dec not taken from the input).
@@ -59,10 +62,18 @@ class Dictionary(Sparse):
         self.scale_out.copy_(_scale(y))
         self.b_dec_D.copy_(y.float().mean(0) * self.scale_out)
 
-    def centred(self, x: Tensor) -> Tensor:
+    def scaled(self, x: Tensor) -> Tensor:
         """[..., D] in the dictionary's own units."""
-        x = x * self.scale.to(x.dtype)
-        return x if self.transcodes else x - self.b_dec_D
+        return x * self.scale.to(x.dtype)
+
+    @property
+    def centre_D(self) -> Tensor | None:
+        """What is taken from scaled rows before they are encoded: b_dec, or nothing where another output is reproduced."""
+        return None if self.transcodes else self.b_dec_D
+
+    def centred(self, x: Tensor) -> Tensor:
+        """[..., D] as the encoder's product sees it."""
+        return self.scaled(x) if self.centre_D is None else self.scaled(x) - self.centre_D
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """[..., F] W_enc (scale x - b_dec) + b_enc."""
@@ -74,10 +85,10 @@ class Dictionary(Sparse):
 
     def decode(self, selection: Selection) -> Tensor:
         """[..., E] in the output's units; work in proportion to what is selected."""
-        return self.in_units(self.combine(selection) + self.b_dec_D)
+        return self.in_units(self.combine(selection, self.b_dec_D))
 
-    def combine(self, selection: Selection) -> Tensor:
-        """[..., E] weighted sum of the selected decoder rows, without b_dec, in the dictionary's units."""
+    def combine(self, selection: Selection, begin_D: Tensor | None = None) -> Tensor:
+        """[..., E] `begin_D` plus the weighted sum of the selected decoder rows, in the dictionary's units."""
         lead = selection.weight.shape[:-1]
         if selection.index is not None:
             routes = Routes.from_index(selection.index.reshape(-1, selection.index.shape[-1]), self.width)
@@ -85,7 +96,7 @@ class Dictionary(Sparse):
         else:
             mask_NF = selection.mask.reshape(-1, self.width)
             routes, value_M = Routes.from_mask(mask_NF), selection.weight.reshape(-1, self.width)[mask_NF]
-        return sparse_decode(value_M, routes, self.W_dec_FD).view(*lead, self.d_out)
+        return sparse_decode(value_M, routes, self.W_dec_FD, begin_D).view(*lead, self.d_out)
 
     def in_units(self, y: Tensor) -> Tensor:
         """From the dictionary's units to the output's."""
@@ -123,9 +134,9 @@ class Dictionary(Sparse):
     @torch.no_grad()
     def before_step(self) -> None:
         """Take out of the decoder's gradient what would only change row norms, which `after_step` undoes anyway."""
-        grad = self.W_dec_FD.grad
-        if grad is not None:
-            grad.addcmul_(self.W_dec_FD, -(grad * self.W_dec_FD).sum(-1, keepdim=True))
+        if self.W_dec_FD.grad is not None:
+            for grad_CE, row_CE in zip(self.W_dec_FD.grad.split(_AT_ONCE), self.W_dec_FD.split(_AT_ONCE), strict=True):
+                grad_CE.addcmul_(row_CE, (grad_CE * row_CE).sum(-1, keepdim=True), value=-1)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

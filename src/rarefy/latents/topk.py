@@ -7,10 +7,13 @@ Shape letters: B = rows, D = input width, E = output width, F = latents, K = kep
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, mse_loss
 
+from ..kernels.sparse_decode import rows_of
 from ..kernels.sparse_encode import encode_top_k
+from ..kernels.top_k import top_k
 from ..method import Loss, not_negative, positive
 from ..selection import Selection, check_finite
 from .dictionary import Dictionary, diagnostics
@@ -43,32 +46,38 @@ class TopK(Dictionary):
     def select(self, x: Tensor) -> Selection:
         """The k largest, ReLU applied to their weights."""
         check_finite(x, f"input of {self.name}")
-        rows = self.centred(x).reshape(-1, self.d_in)
-        value, index = encode_top_k(rows, self.W_enc_FD, self.b_enc_F, self.k)
-        lead = x.shape[:-1]
-        return Selection(self.width, value.relu().view(*lead, self.k), index=index.view(*lead, self.k))
+        return self.choose(self.scaled(x))
 
-    def aux_loss(self, x_BD: Tensor, error_BE: Tensor) -> Tensor | None:
-        """|| e - e_hat ||^2 with e_hat from the aux_k strongest dead latents; None while fewer than one is dead."""
+    def choose(self, scaled: Tensor) -> Selection:
+        """select for rows already in the dictionary's units."""
+        rows, lead = scaled.reshape(-1, self.d_in), (*scaled.shape[:-1], self.k)
+        value, index = encode_top_k(rows, self.W_enc_FD, self.b_enc_F, self.k, self.centre_D)
+        return Selection(self.width, value.relu().view(lead), index=index.view(lead))
+
+    def aux_loss(self, scaled_BD: Tensor, error_BE: Tensor) -> Tensor | None:
+        """|| e - e_hat ||^2 with e_hat from the aux_k strongest dead latents; None while no latent is dead."""
         dead_G = (self.idle_F > self.dead_after).nonzero()[:, 0]
         if not len(dead_G) or not self.aux_alpha:
             return None
-        pre_BG = linear(self.centred(x_BD), self.W_enc_FD[dead_G], self.b_enc_F[dead_G])
-        top = pre_BG.topk(min(self.aux_k, len(dead_G)), dim=-1)
-        selection = Selection(self.width, top.values.relu(), index=dead_G[top.indices])
-        e_hat_BE = self.in_units(self.combine(selection))
-        return self.aux_alpha * self.error(e_hat_BE, error_BE)
+        x_BD = scaled_BD if self.centre_D is None else scaled_BD - self.centre_D
+        pre_BG = linear(x_BD, rows_of(self.W_enc_FD, dead_G), self.b_enc_F[dead_G])
+        z_BG = pre_BG.relu()
+        if self.aux_k < len(dead_G):
+            top_BK = top_k(pre_BG, self.aux_k)
+            z_BG = torch.zeros_like(z_BG).scatter(-1, top_BK, z_BG.gather(-1, top_BK))
+        return self.aux_alpha * mse_loss(z_BG @ rows_of(self.W_dec_FD, dead_G), error_BE.to(z_BG.dtype))
 
     def loss(self, x: Tensor, y: Tensor) -> Loss:
-        """mse + aux."""
+        """mse + aux, of rows and targets in the dictionary's units."""
         self.check_rows(x, y)
-        chosen = self.select(x)
-        y_hat = self.decode(chosen)
-        mse = self.error(y_hat, y)
+        x_BD, y_BE = self.scaled(x), y * self.scale_out.to(y.dtype)
+        chosen = self.choose(x_BD)
+        y_hat_BE = self.combine(chosen, self.b_dec_D)
+        mse = mse_loss(y_hat_BE, y_BE)
         assert chosen.index is not None
-        aux = self.aux_loss(x, (y - y_hat).detach())
+        aux = self.aux_loss(x_BD, (y_BE - y_hat_BE).detach())
         on = chosen.weight > 0
         self.fired(chosen.index[on], len(x))
-        parts = {"mse": mse, **({} if aux is None else {"aux": aux}), **diagnostics(y, y_hat, on.sum() / max(1, len(x)))}
+        parts = {"mse": mse, **({} if aux is None else {"aux": aux}), **diagnostics(y_BE, y_hat_BE, on.sum() / max(1, len(x)))}
         parts["dead"] = (self.idle_F > self.dead_after).float().mean()
         return Loss(mse if aux is None else mse + aux, parts)

@@ -46,18 +46,22 @@ def _line(record: dict[str, Any]) -> bytes:
 
 
 def append_line(path: str | Path, record: dict[str, Any], fs: FS = DISK) -> None:
-    """Add one record. A torn line that a crash left at the end is dropped first.
+    """Add one record, durably. A torn line that a crash left at the end is dropped first.
 
     Raises:
         BadInput: the record is not JSON, or the disk refuses.
     """
     path, line = Path(path), to_lines([record])
     with writing(path):
-        if fs.exists(path):
+        there = fs.exists(path)
+        if there:
             whole = _whole_bytes(path)
             if whole != fs.size(path):
                 fs.truncate(path, whole)
         fs.append(path, line)
+        fs.sync(path)
+        if not there:
+            fs.sync_dir(path.parent)
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
@@ -80,7 +84,11 @@ def check_lines(path: Path) -> int:
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     number = 0
-    with os.fdopen(open_regular(path), "rb") as file:
+    try:
+        fd = open_regular(path)
+    except OSError as error:
+        raise Damaged(f"{path} cannot be read: {error.strerror or error}") from error
+    with os.fdopen(fd, "rb") as file:
         while line := file.readline(MOST_LINE):
             number += 1
             where = f"{path} line {number}"

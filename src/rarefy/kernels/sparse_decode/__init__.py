@@ -1,4 +1,4 @@
-"""y_n = sum over kept pairs of value * table row, forward and backward proportional to what is kept.
+"""y_n = begin + sum over kept pairs of value * table row, forward and backward proportional to what is kept.
 
 Shape letters: N = rows, M = kept pairs, F = units, D = width.
 """
@@ -9,54 +9,107 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from .. import native, pool
 from ..routes import Routes
 from .reference import sparse_decode_reference
 
-__all__ = ["bag", "pair_products", "scatter_rows", "sparse_decode", "sparse_decode_reference"]
+__all__ = ["bag", "pair_products", "rows_of", "scatter_rows", "sparse_decode", "sparse_decode_reference"]
 
 
-def bag(value_M: Tensor, routes: Routes, table_FD: Tensor) -> Tensor:
-    """[N, D] weighted sums of table rows, each row read where it lies."""
-    if not len(routes.unit_M):
-        return table_FD.new_zeros(len(routes.offsets_N), table_FD.shape[1])
-    return embedding_bag(routes.unit_M, table_FD, routes.offsets_N, mode="sum", per_sample_weights=value_M)
+def bag(value_M: Tensor, routes: Routes, table_FD: Tensor, begin_D: Tensor | None = None) -> Tensor:
+    """[N, D] weighted sums of table rows, each row read where it lies, begun at `begin_D`."""
+    return _sums(value_M, routes.unit_M, routes.edges_N1, table_FD, begin_D)
+
+
+def scatter_rows(value_M: Tensor, routes: Routes, row_ND: Tensor) -> Tensor:
+    """[F, D]: for each unit the weighted sum of the rows that use it, units taken in order so that each is written once."""
+    return _sums(value_M[routes.order_M], routes.sorted_row_M, routes.edges_F1, row_ND, None)
+
+
+def _sums(value_M: Tensor, index_M: Tensor, edges_N1: Tensor, table_FD: Tensor, begin_D: Tensor | None) -> Tensor:
+    n, width = len(edges_N1) - 1, table_FD.shape[1]
+    if native.serves(value_M, table_FD):
+        from .cpu import weighted_sums
+
+        out_ND = pool.empty((n, width), table_FD.dtype)
+        begin = table_FD.new_zeros(width) if begin_D is None else begin_D.to(table_FD.dtype)
+        native.spread(weighted_sums, n, *map(native.array, (value_M, index_M, edges_N1, table_FD, begin)), out_ND.numpy())
+        return out_ND
+    if not len(index_M):
+        out_ND = table_FD.new_zeros(n, width)
+    else:
+        out_ND = embedding_bag(index_M, table_FD.contiguous(), edges_N1[:-1], mode="sum", per_sample_weights=value_M.contiguous())
+    return out_ND if begin_D is None else out_ND + begin_D
 
 
 def pair_products(row_ND: Tensor, routes: Routes, table_FD: Tensor) -> Tensor:
     """[M] inner product of each pair's row and table row."""
-    if not len(routes.unit_M):
-        return row_ND.new_zeros(0)
-    if row_ND.dtype in (torch.float32, torch.float64) and row_ND.device.type == "cpu":
-        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            row_ND.contiguous(), table_FD.contiguous(), routes.unit_M, routes.offsets_N, routes.row_M, 0
-        )
+    if native.serves(row_ND, table_FD):
+        from .cpu import products
+
+        out_M = torch.empty(len(routes.unit_M), dtype=row_ND.dtype)
+        given = map(native.array, (row_ND, routes.unit_M, routes.edges_N1, table_FD))
+        native.spread(products, routes.rows, *given, out_M.numpy())
+        return out_M
     return (row_ND[routes.row_M] * table_FD[routes.unit_M]).sum(-1)
 
 
-def scatter_rows(value_M: Tensor, routes: Routes, row_ND: Tensor) -> Tensor:
-    """[F, D]: for each unit the weighted sum of the rows that use it, units taken in sorted order so that each is written once."""
-    if not len(routes.unit_M):
-        return row_ND.new_zeros(routes.units, row_ND.shape[1])
-    return embedding_bag(
-        routes.sorted_row_M, row_ND.contiguous(), routes.starts_F, mode="sum", per_sample_weights=value_M[routes.order_M].contiguous()
-    )
+def _both(value_M: Tensor, routes: Routes, grad_ND: Tensor, table_FD: Tensor) -> tuple[Tensor, Tensor]:
+    """(pair_products(grad), scatter_rows(grad)); compiled loops read the gradient once for both."""
+    if not native.serves(value_M, grad_ND, table_FD):
+        return pair_products(grad_ND, routes, table_FD), scatter_rows(value_M, routes, grad_ND)
+    from .cpu import both_gradients
+
+    grad_M, grad_FD = torch.empty_like(value_M), pool.empty(tuple(table_FD.shape), table_FD.dtype)
+    given = map(native.array, (value_M, routes.order_M, routes.sorted_row_M, routes.edges_F1, grad_ND, table_FD))
+    native.spread(both_gradients, routes.units, *given, grad_M.numpy(), grad_FD.numpy())
+    return grad_M, grad_FD
 
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, value_M, table_FD, routes):  # type: ignore[no-untyped-def]
+    def forward(ctx, value_M, table_FD, begin_D, routes):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(value_M, table_FD)
         ctx.routes = routes
-        return bag(value_M, routes, table_FD)
+        return bag(value_M, routes, table_FD, begin_D)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_ND):  # type: ignore[no-untyped-def]
-        value_M, table_FD = ctx.saved_tensors
-        grad_value = pair_products(grad_ND, ctx.routes, table_FD) if ctx.needs_input_grad[0] else None
-        grad_table = scatter_rows(value_M, ctx.routes, grad_ND) if ctx.needs_input_grad[1] else None
-        return grad_value, grad_table, None
+        (value_M, table_FD), needs = ctx.saved_tensors, ctx.needs_input_grad
+        grad_M = grad_FD = None
+        if needs[0] and needs[1]:
+            grad_M, grad_FD = _both(value_M, ctx.routes, grad_ND, table_FD)
+        elif needs[0]:
+            grad_M = pair_products(grad_ND, ctx.routes, table_FD)
+        elif needs[1]:
+            grad_FD = scatter_rows(value_M, ctx.routes, grad_ND)
+        return grad_M, grad_FD, grad_ND.sum(0) if needs[2] else None, None
 
 
-def sparse_decode(value_M: Tensor, routes: Routes, table_FD: Tensor) -> Tensor:
-    """[N, D] = sum over each row's pairs of value_M * table_FD[unit], differentiable in values and table."""
-    return _Decode.apply(value_M.to(table_FD.dtype), table_FD, routes)      # autocast gives values in half precision
+def sparse_decode(value_M: Tensor, routes: Routes, table_FD: Tensor, begin_D: Tensor | None = None) -> Tensor:
+    """[N, D] = begin_D + sum over each row's pairs of value_M * table_FD[unit], differentiable in values, table and begin.
+
+    Args:
+        begin_D: what every row starts from; None means 0.
+    """
+    return _Decode.apply(value_M.to(table_FD.dtype), table_FD, begin_D, routes)      # autocast gives values in half precision
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, table_FD, index_G):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(index_G)
+        ctx.shape = tuple(table_FD.shape)
+        return table_FD.index_select(0, index_G)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_GD):  # type: ignore[no-untyped-def]
+        grad_FD = pool.zeros(ctx.shape, grad_GD)
+        return grad_FD.index_copy_(0, ctx.saved_tensors[0], grad_GD), None
+
+
+def rows_of(table_FD: Tensor, index_G: Tensor) -> Tensor:
+    """[G, D] the rows of a table at distinct indices; the gradient's [F, D] is memory that is used again."""
+    return _Rows.apply(table_FD, index_G)

@@ -3,10 +3,10 @@ and only those are computed in float32. Which k are chosen and what their values
 
 Let x' and w' be x and w rounded to bfloat16, and q the product x'.w' summed in float32 and rounded to bfloat16. Then
 
-    |q - x.w| <= |x - x'| |w| + |x'| |w - w'| + g |x| |w| + |q| / 256        (Cauchy-Schwarz; g |x| |w| bounds the rounding of sums)
+    |q - x.w| <= |x - x'| |w| + |x'| |w - w'| + g |x'| |w| + |q| / 256        (Cauchy-Schwarz; g |x'| |w| bounds the rounding of sums)
 
-whose norms are computed, not estimated, for each row and each group of units. A unit whose q + bias lies more than twice
-that below the k-th largest q + bias cannot be chosen. With trained or random dictionaries 1.3 to 2 k units are left.
+whose norms are computed, not estimated, for each row and each group of units. So each unit's value in float32 lies between
+a least and a most, and a unit whose most is below the k-th largest least cannot be chosen. A handful more than k are left.
 
 With `coarse` the bound is taken as 0: the k are those of the bfloat16 product, their values still float32.
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import native, pool
+from ..sparse_decode.cpu import sort_by_unit
 from ..top_k.cpu import GROUP, kth_largest, take
 
 ROWS_AT_ONCE = 256
@@ -52,13 +53,6 @@ def halve(start, stop, full_ND, half_ND, size_N, lost_N):  # type: ignore[no-unt
         size_N[n], lost_N[n] = np.sqrt(size), np.sqrt(lost)
 
 
-@numba.njit(cache=True, nogil=True)
-def key(value):  # type: ignore[no-untyped-def]
-    """An integer that orders as the float32 does."""
-    bits = np.float32(value).view(np.int32)
-    return np.int32(bits if bits >= 0 else np.int32(-2147483648) - bits)
-
-
 @numba.njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})
 def near_and_best(bits, bias, near, best):  # type: ignore[no-untyped-def]
     """q + bias of every unit, and the largest of each group; unit i is of group i mod G."""
@@ -71,56 +65,73 @@ def near_and_best(bits, bias, near, best):  # type: ignore[no-untyped-def]
             best[g] = max(best[g], to[g])
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})
-def dot(a, b):  # type: ignore[no-untyped-def]
-    """Inner product of two rows."""
-    total = a.dtype.type(0)
-    for d in range(len(a)):
-        total += a[d] * b[d]
-    return total
-
-
 @numba.njit(cache=True, nogil=True)
-def screen_rows(  # type: ignore[no-untyped-def]
-    start, stop, bits_NF, x_ND, size_N, lost_N, weight_FD, bias_F, size_G, lost_G, reach, coarse, k, value_NK, index_NK, sound_N
+def candidates(  # type: ignore[no-untyped-def]
+    start, stop, bits_NF, size_N, lost_N, bias_F, size_G, lost_G, sums, reach, coarse, k, unit_NC, count_N
 ):
-    """The k largest x.w + bias of each row from the bits of q; sound_N is False where fewer than k are surely positive."""
-    units, groups = len(bias_F), len(size_G)
+    """Units of each row that can be among its k largest x.w + bias, from the bits of q, and how many they are.
+
+    The count is 0 for a row whose k largest are not all surely positive, and for one that has more than C candidates.
+    `reach` bounds |bias|, `sums` times two norms the rounding of a sum.
+    """
+    units, groups, room = len(bias_F), len(size_G), unit_NC.shape[1]
     best, low, margin = np.empty(groups, np.float32), np.empty(groups, np.float32), np.zeros(groups, np.float32)
     near, unit = np.empty(units, np.float32), np.empty(units, np.int64)
-    least, most, exact, keys = np.empty(units, np.float32), np.empty(units, np.float32), np.empty(units, np.float32), np.empty(units, np.int32)
-    sums = np.float32((x_ND.shape[1] + 16) * 2.0**-22)
+    least, most = np.empty(units, np.float32), np.empty(units, np.float32)
+    last = np.float32(0 if coarse else 1.01 / 256)                     # of |q| <= |q + bias| + reach
     for n in range(start, stop):
         near_and_best(bits_NF[n], bias_F, near, best)
         if not coarse:
-            size, lost, last = size_N[n] + lost_N[n], lost_N[n], (max(best.max(), np.float32(0)) + reach) / np.float32(256)
+            size, lost = np.float32(1.01) * (size_N[n] + lost_N[n]), np.float32(1.01) * lost_N[n]
             for g in range(groups):
-                margin[g] = np.float32(1.01) * (lost * size_G[g] + size * (lost_G[g] + sums * size_G[g]) + last)
+                margin[g] = lost * size_G[g] + size * (lost_G[g] + sums * size_G[g]) + last * reach
         for g in range(groups):
-            low[g] = best[g] - margin[g]
-        edge = kth_largest(low.view(np.int32), groups, k)
-        sound_N[n] = edge > 0                       # negative floats are negative as integers too, if in another order
-        if not sound_N[n]:
-            continue
-        floor, count = np.int32(edge).view(np.float32), 0
-        for g in range(groups):
-            cut = floor - margin[g]
-            if best[g] >= cut:
-                for i in range(g, units, groups):
-                    if near[i] >= cut:
-                        unit[count], least[count], most[count] = i, near[i] - margin[g], near[i] + margin[g]
-                        count += 1
-        floor, left = np.int32(kth_largest(least.view(np.int32), count, k)).view(np.float32), 0
-        for i in range(count):
-            if most[i] >= floor:
-                u = unit[i]
-                unit[left], exact[left] = u, dot(x_ND[n], weight_FD[u]) + bias_F[u]
-                keys[left] = key(exact[left])
-                left += 1
-        take(keys, unit, left, k, index_NK[n])
-        for j in range(k):
-            i = index_NK[n, j]
-            value_NK[n, j], index_NK[n, j] = exact[i], unit[i]
+            low[g] = best[g] * (1 - last) - margin[g]
+        edge, count, kept = kth_largest(low.view(np.int32), groups, k), 0, 0
+        if edge > 0:                                # negative floats are negative as integers too, if in another order
+            floor = np.int32(edge).view(np.float32)
+            for g in range(groups):
+                cut = floor - margin[g]
+                cut /= 1 + last if cut > 0 else 1 - last
+                if best[g] >= cut:
+                    for i in range(g, units, groups):
+                        if near[i] >= cut:
+                            unit[count] = i
+                            least[count], most[count] = near[i] * (1 - last) - margin[g], near[i] + last * abs(near[i]) + margin[g]
+                            count += 1
+            floor = np.int32(kth_largest(least.view(np.int32), count, k)).view(np.float32)
+            for i in range(count):
+                if most[i] >= floor:
+                    unit_NC[n, min(kept, room - 1)] = unit[i]
+                    kept += 1
+        count_N[n] = kept if kept <= room else 0
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})
+def products_by_unit(start, stop, x_ND, weight_FD, bias_F, order_P, row_P, edges_F1, value_M):  # type: ignore[no-untyped-def]
+    """value[order[p]] = x[row[p]] . weight[f] + bias[f] for the pairs p of units start..stop: each weight is read once."""
+    for f in range(start, stop):
+        weight = weight_FD[f]
+        for p in range(edges_F1[f], edges_F1[f + 1]):
+            x, total = x_ND[row_P[p]], x_ND.dtype.type(0)
+            for d in range(len(x)):
+                total += x[d] * weight[d]
+            value_M[order_P[p]] = total + bias_F[f]
+
+
+@numba.njit(cache=True, nogil=True)
+def choose(start, stop, unit_NC, value_NC, count_N, k, value_NK, index_NK):  # type: ignore[no-untyped-def]
+    """The k largest of each row's candidates, of equals the lowest units; rows without candidates are left as they are."""
+    key_C = np.empty(unit_NC.shape[1], np.int32)
+    for n in range(start, stop):
+        if count_N[n]:
+            bits = value_NC[n].view(np.int32)
+            for i in range(count_N[n]):
+                key_C[i] = bits[i] if bits[i] >= 0 else np.int32(-2147483648) - bits[i]
+            take(key_C, unit_NC[n], count_N[n], k, index_NK[n])
+            for j in range(k):
+                i = index_NK[n, j]
+                value_NK[n, j], index_NK[n, j] = value_NC[n, i], unit_NC[n, i]
 
 
 def _per_group(value_F: Tensor) -> Tensor:
@@ -136,24 +147,40 @@ def _halves(full_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return half_ND.view(torch.bfloat16), size_N, lost_N
 
 
-def screened_top_k(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, k: int, coarse: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(values, units, sound), [N, K] twice and [N] bool: rows that are not sound are left unwritten.
-
-    Args: contiguous float32. coarse: choose by the bfloat16 product itself.
-    """
-    n, units = len(x_ND), len(weight_FD)
-    value_NK, index_NK, sound_N = torch.empty(n, k), torch.empty(n, k, dtype=torch.long), torch.zeros(n, dtype=torch.bool)
+def _screen(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, k: int, coarse: bool, unit_NC: Tensor) -> Tensor:
+    """[N] how many candidates each row has in `unit_NC`."""
+    n, units, sums = len(x_ND), len(weight_FD), np.float32((x_ND.shape[1] + 16) * 2.0**-22)
     x_half_ND, size_N, lost_N = _halves(x_ND)
     w_half_FD, size_F, lost_F = _halves(weight_FD)
     size_G, lost_G, reach = _per_group(size_F), _per_group(lost_F), bias_F.abs().max()
+    count_N = torch.zeros(n, dtype=torch.long)
     if not float(size_N.max() + lost_N.max()) * float(size_F.max() + lost_F.max()) + float(reach) < _LARGEST:
-        return value_NK, index_NK, sound_N
+        return count_N
     buffer_CF = pool.empty((min(n, ROWS_AT_ONCE), units), torch.bfloat16)
-    unit = [t.numpy() for t in (weight_FD, bias_F, size_G, lost_G)]
+    shared = (bias_F.numpy(), size_G.numpy(), lost_G.numpy(), sums, np.float32(reach), coarse, k)
     for start in range(0, n, ROWS_AT_ONCE):
         at = slice(start, start + ROWS_AT_ONCE)
         q = torch.mm(x_half_ND[at], w_half_FD.T, out=buffer_CF[: len(x_half_ND[at])]).view(torch.int16)
-        row = [t[at].numpy() for t in (x_ND, size_N, lost_N)]
-        out = [t[at].numpy() for t in (value_NK, index_NK, sound_N)]
-        native.spread(screen_rows, len(q), q.numpy(), *row, *unit, np.float32(reach), coarse, k, *out, least=16)
-    return value_NK, index_NK, sound_N
+        row, out = (size_N[at].numpy(), lost_N[at].numpy()), (unit_NC[at].numpy(), count_N[at].numpy())
+        native.spread(candidates, len(q), q.numpy(), *row, *shared, *out, least=16)
+    return count_N
+
+
+def screened_top_k(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, k: int, coarse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, units, done), [N, K] twice and [N] bool: rows that are not done are left unwritten.
+
+    Args: contiguous float32. coarse: choose by the bfloat16 product itself.
+    """
+    n, units, room = len(x_ND), len(weight_FD), 8 * k + 2 * GROUP
+    unit_NC, value_NC = pool.empty((n, room), torch.long), pool.empty((n, room), torch.float32)
+    count_N = _screen(x_ND, weight_FD, bias_F, k, coarse, unit_NC)
+    begin_N, pairs = torch.arange(n) * room, int(count_N.sum())
+    order_P, row_P, edges_F1 = torch.empty(pairs, dtype=torch.long), torch.empty(pairs, dtype=torch.long), torch.zeros(units + 1, dtype=torch.long)
+    by_unit = [t.numpy() for t in (order_P, row_P, edges_F1)]
+    sort_by_unit(unit_NC.view(-1).numpy(), begin_N.numpy(), (begin_N + count_N).numpy(), *by_unit)
+    given = [t.numpy() for t in (x_ND, weight_FD, bias_F)]
+    native.spread(products_by_unit, units, *given, *by_unit, value_NC.view(-1).numpy())
+    value_NK, index_NK = torch.empty(n, k), torch.empty(n, k, dtype=torch.long)
+    found = [t.numpy() for t in (unit_NC, value_NC, count_N)]
+    native.spread(choose, n, *found, k, value_NK.numpy(), index_NK.numpy())
+    return value_NK, index_NK, count_N > 0

@@ -174,7 +174,7 @@ export function enrolPoints(unit) {
 // The axes a unit is first drawn on.
 export function startState(unit) {
   const sizes = unit.points.map((p) => Math.abs(p.metrics?.[unit.y.key]?.mean ?? 0)).filter((v) => v > 0);
-  return { x: unit.x.key, y: unit.y.key, log: Math.max(...sizes) / Math.min(...sizes) > 10 };
+  return { x: unit.x.key, y: unit.y.key, log: unit.y.better !== "high" && Math.max(...sizes) / Math.min(...sizes) > 10 };
 }
 
 export function frontierPanel(unit) {
