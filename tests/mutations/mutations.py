@@ -128,6 +128,8 @@ MUTATIONS = {
         "store/sealed.py", "if xxhash.xxh3_128_hexdigest(body).encode() != tail[1]:", "if False:", "tests/fuzz/test_store_roundtrip.py -k flipped"),
     "a log line's seal is not looked at": Mutation(
         "store/lines.py", "if xxhash.xxh3_64_hexdigest(body).encode() != seal[1]:", "if False:", "tests/security/test_check.py -k newline"),
+    "a log's line is not synced": Mutation(
+        "store/lines.py", "        fs.sync(path)\n", "", "tests/crash/test_store_power.py -k lines_of_a_log"),
     "a page's seal is not looked at": Mutation(
         "store/sealed.py", "+ page[found.end() + 1 :]).encode() != found[1]:", "+ page[found.end() + 1 :]).encode() == b'':",
         "tests/security/test_check.py -k damaged_byte"),

@@ -17,21 +17,22 @@ from ..frontier import Frontier, Judge, Point
 from ..frontier import sweep as measure_all
 from ..latents.random import RandomDictionary
 from ..latents.topk import TopK
+from ..method import positive
 from ..site import capture, replaced
 from ..store.methods import save
-from ..store.run import Run
 from ..streams import TensorStream, windows
 from ..tasks.recall import FILLER, KEYS, VALUES, key_value, recall_accuracy
 from .build import dictionary
 from .dictionaries import ablate, describe, judge_dictionary
 from .fit import method_folder, progress
+from .folder import refuse_early, run_folder
 from .models import Opened, Text, open_for_work, read_text
 from .report import page, unit_panel, write_report
 from .screen import Screen, points_table
 from .sweep import Fitter, verdict
 
 SITE, WIDTH, K, BATCH = "layers.3.resid_post", 4096, 32, 2048
-CONTEXT, FIT_TOKENS, JUDGE_TOKENS, CALIBRATION = 512, 420_000, 16_384, 8_192
+CONTEXT, FIT_TOKENS, JUDGE_TOKENS, CALIBRATION = 512, 420_000, 16_384, 32_768
 STEPS, RATE = 1_100, 1e-3
 WEIGHT_BUDGETS, NEURON_BUDGETS, KEY_BUDGETS = (0.4, 0.5, 0.7), (0.3, 0.5, 0.7), (0.1, 0.25, 0.5)
 CONCEPT_TOKENS = 120_000
@@ -72,10 +73,12 @@ def demo(out: Path, *, steps: int, screen: Screen) -> DemoResult:
     """Do it; a demo found in `out` goes on from its last checkpoint."""
     torch.manual_seed(0)
     steps = steps or STEPS
+    positive("steps", steps)
+    refuse_early(out, "demo", {"steps": steps})
     with screen.stage("open the built-in model") as update:
         opened = open_for_work("builtin")
         update(f"{opened.info.n_params / 1e6:.1f} M parameters, {opened.info.n_layers} layers, trained on Python source")
-    with Run(out, made={"command": "demo", "request": {"steps": steps}, "model": opened.card(), "seed": 0}):
+    with run_folder(out, {"command": "demo", "request": {"steps": steps}, "model": opened.card(), "seed": 0}):
         with screen.stage("read the standard library") as update:
             text = read_text("stdlib", opened, context=CONTEXT, fit_tokens=FIT_TOKENS, judge_tokens=JUDGE_TOKENS)
             update(f"{len(text.fit_names)} files to fit on, {len(text.judge_names)} held out")

@@ -21,6 +21,8 @@ LEAST = 1 << 20
 KEEP = 64
 """A free buffer is let go when another one is made and this many were handed out since its last use."""
 
+_NAMES = {torch.float32: "f4", torch.float64: "f8"}
+
 
 @dataclass
 class _Buffer:
@@ -55,7 +57,8 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             buffer = _Buffer(np.empty(size, dtype=np.uint8), 0)         # numpy asks for huge pages, torch does not
             _buffers.append(buffer)
         buffer.used_at = _count
-        return torch.from_numpy(buffer.bytes_).view(dtype).view(shape)
+        # Shaped by numpy: autograd adds gradients in place only into tensors that are nobody's view.
+        return torch.from_numpy(buffer.bytes_.view(f"i{dtype.itemsize}" if dtype not in _NAMES else _NAMES[dtype]).reshape(shape)).view(dtype)
 
 
 def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from ..errors import BadInput
+from ..kernels.routes import Routes
+from ..kernels.sparse_decode import sparse_decode
+from ..kernels.sparse_encode import encode_batch_top_k
 from ..method import Loss
 from ..selection import Selection, batch_top_k, check_finite, threshold
 from .dictionary import diagnostics
@@ -60,12 +64,13 @@ class BatchTopK(TopK):
     def loss(self, x: Tensor, y: Tensor) -> Loss:
         """mse + aux, as TopK; moves the threshold."""
         self.check_rows(x, y)
-        chosen = self.select(x)
-        y_hat = self.decode(chosen)
-        mse = self.error(y_hat, y)
-        aux = self.aux_loss(x, (y - y_hat).detach())
-        self.fired(chosen.mask.nonzero()[:, 1], len(x))
-        self._follow(chosen.weight[chosen.mask])
-        parts = {"mse": mse, **({} if aux is None else {"aux": aux}), **diagnostics(y, y_hat, chosen.mask.sum() / max(1, len(x)))}
+        x_BD, y_BE = self.scaled(x), y * self.scale_out.to(y.dtype)
+        value_M, unit_M, edges = encode_batch_top_k(x_BD, self.W_enc_FD, self.b_enc_F, self.k * len(x), self.centre_D)
+        y_hat_BE = sparse_decode(value_M, Routes(unit_M, edges, self.width), self.W_dec_FD, self.b_dec_D)
+        mse = mse_loss(y_hat_BE, y_BE)
+        aux = self.aux_loss(x_BD, (y_BE - y_hat_BE).detach())
+        self.fired(unit_M, len(x))
+        self._follow(value_M)
+        parts = {"mse": mse, **({} if aux is None else {"aux": aux}), **diagnostics(y_BE, y_hat_BE, len(unit_M) / max(1, len(x)))}
         parts["dead"] = (self.idle_F > self.dead_after).float().mean()
         return Loss(mse if aux is None else mse + aux, parts)

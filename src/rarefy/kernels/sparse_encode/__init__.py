@@ -1,27 +1,29 @@
-"""The k largest of W (x - centre) + b a row, without keeping W x + b: one dense product, one selection, a sparse backward.
+"""The largest of W (x - centre) + b, a row or a batch, without keeping W x + b: one dense product, one selection, a sparse backward.
 
-Shape letters: N = rows, F = units, K = kept, D = width, M = N * K.
+Shape letters: N = rows, F = units, K = kept units of a row, M = kept pairs, D = width, C = rows at a time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from .. import native, pool
 from ..routes import Routes
 from ..sparse_decode import bag, scatter_rows
 from ..top_k import top_k
-from .reference import encode_top_k_reference
+from .reference import encode_batch_top_k_reference, encode_top_k_reference
 
-__all__ = ["encode_top_k", "encode_top_k_reference"]
+__all__ = ["encode_batch_top_k", "encode_batch_top_k_reference", "encode_top_k", "encode_top_k_reference"]
 
 ROWS_AT_ONCE = 256
 """Rows of pre-activations that exist at a time on the CPU, small enough to be still in cache when they are selected from."""
 
 
-def _select(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, k: int, coarse: bool) -> tuple[Tensor, Tensor]:
+def _screened(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, k: int, coarse: bool) -> tuple[Tensor, Tensor]:
     """(values, units), each [N, K]."""
     if x_ND.dtype == torch.float32 and native.serves(x_ND, weight_FD, bias_F):
         from .screen import pays, screened_top_k
@@ -35,42 +37,66 @@ def _select(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, k: int, coarse: boo
     return _plain(x_ND, weight_FD, bias_F, k)
 
 
+def _in_chunks(x_ND: Tensor) -> bool:
+    return x_ND.device.type == "cpu" and not torch.compiler.is_compiling() and len(x_ND) > ROWS_AT_ONCE
+
+
 def _plain(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    n, units = len(x_ND), len(weight_FD)
-    if x_ND.device.type != "cpu" or torch.compiler.is_compiling() or n <= ROWS_AT_ONCE:
+    if not _in_chunks(x_ND):
         pre_NF = linear(x_ND, weight_FD, bias_F)
         index_NK = top_k(pre_NF, k)
         return pre_NF.gather(-1, index_NK), index_NK
-    value_NK, index_NK = x_ND.new_empty(n, k), torch.empty(n, k, dtype=torch.long)
-    buffer_CF = pool.empty((ROWS_AT_ONCE, units), x_ND.dtype)
-    for start in range(0, n, ROWS_AT_ONCE):
-        at = slice(start, start + ROWS_AT_ONCE)
-        pre_CF = torch.addmm(bias_F, x_ND[at], weight_FD.T, out=buffer_CF[: len(x_ND[at])])
-        index_NK[at] = top_k(pre_CF, k)
-        torch.gather(pre_CF, -1, index_NK[at], out=value_NK[at])
+    value_NK, index_NK = x_ND.new_empty(len(x_ND), k), torch.empty(len(x_ND), k, dtype=torch.long)
+    buffer_CF = pool.empty((ROWS_AT_ONCE, len(weight_FD)), x_ND.dtype)
+    for value_CK, index_CK, x_CD in zip(value_NK.split(ROWS_AT_ONCE), index_NK.split(ROWS_AT_ONCE), x_ND.split(ROWS_AT_ONCE), strict=True):
+        pre_CF = torch.addmm(bias_F, x_CD, weight_FD.T, out=buffer_CF[: len(x_CD)])
+        index_CK.copy_(top_k(pre_CF, k))
+        torch.gather(pre_CF, -1, index_CK, out=value_CK)
     return value_NK, index_NK
 
 
-class _EncodeTopK(torch.autograd.Function):
+def _whole_batch(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(values [M], units [M], edges [N + 1]): those of the `keep` largest of the batch that are positive."""
+    n, units = len(x_ND), len(weight_FD)
+    if _in_chunks(x_ND):
+        pre_NF = pool.empty((n, units), x_ND.dtype)
+        for x_CD, pre_CF in zip(x_ND.split(ROWS_AT_ONCE), pre_NF.split(ROWS_AT_ONCE), strict=True):
+            torch.addmm(bias_F, x_CD, weight_FD.T, out=pre_CF)
+    else:
+        pre_NF = linear(x_ND, weight_FD, bias_F)
+    flat = pre_NF.reshape(-1)
+    at_M = top_k(flat[None], keep)[0].sort().values if keep else torch.zeros(0, dtype=torch.long, device=x_ND.device)
+    at_M = at_M[flat[at_M] > 0]
+    count_N = torch.bincount(at_M // units, minlength=n)
+    return flat[at_M], at_M % units, pad(count_N.cumsum(0), (1, 0))
+
+
+class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_ND, centre_D, weight_FD, bias_F, k, coarse):  # type: ignore[no-untyped-def]
-        x_ND = x_ND if centre_D is None else x_ND - centre_D
-        value_NK, index_NK = _select(x_ND, weight_FD, bias_F, k, coarse)
-        ctx.routes = Routes.from_index(index_NK, len(weight_FD))
+    def forward(ctx, x_ND, centre_D, weight_FD, bias_F, select):  # type: ignore[no-untyped-def]
+        if centre_D is not None:
+            x_ND = x_ND - centre_D
+        value, unit, edges_N1 = select(x_ND, weight_FD, bias_F)
+        ctx.routes = Routes.from_index(unit, len(weight_FD)) if edges_N1 is None else Routes(unit, edges_N1, len(weight_FD))
         ctx.save_for_backward(x_ND, weight_FD)
-        ctx.mark_non_differentiable(index_NK)
-        return value_NK, index_NK
+        ctx.mark_non_differentiable(unit, *([] if edges_N1 is None else [edges_N1]))
+        return value, unit, edges_N1
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_NK, _):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
         (x_ND, weight_FD), needs = ctx.saved_tensors, ctx.needs_input_grad
-        grad_M = grad_NK.reshape(-1)
+        grad_M = grad.reshape(-1)
         grad_x = bag(grad_M, ctx.routes, weight_FD) if needs[0] else None
         grad_weight = scatter_rows(grad_M, ctx.routes, x_ND) if needs[2] else None
         grad_bias = grad_M.new_zeros(ctx.routes.units).index_add_(0, ctx.routes.unit_M, grad_M) if needs[1] or needs[3] else None
         grad_centre = -(grad_bias @ weight_FD) if needs[1] else None          # the sum over rows of -grad_x, without grad_x
-        return grad_x, grad_centre, grad_weight, grad_bias, None, None
+        return grad_x, grad_centre, grad_weight, grad_bias, None
+
+
+def _encode(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, centre_D: Tensor | None, select: Callable) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(x_ND.device.type, enabled=False):
+        return _Encode.apply(x_ND.to(weight_FD.dtype), centre_D, weight_FD, bias_F, select)
 
 
 def encode_top_k(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, k: int, centre_D: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -83,6 +109,21 @@ def encode_top_k(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, k: int, centre
     Args:
         centre_D: subtracted from every row; None means 0.
     """
-    coarse = torch.is_autocast_enabled(x_ND.device.type) and torch.get_autocast_dtype(x_ND.device.type) == torch.bfloat16
-    with torch.autocast(x_ND.device.type, enabled=False):
-        return _EncodeTopK.apply(x_ND.to(weight_FD.dtype), centre_D, weight_FD, bias_F, k, coarse)
+    kind = x_ND.device.type
+    coarse = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+    return _encode(x_ND, weight_FD, bias_F, centre_D, lambda x, w, b: (*_screened(x, w, b, k, coarse), None))[:2]
+
+
+def encode_batch_top_k(
+    x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, keep: int, centre_D: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The `keep` largest entries of W (x - centre) + b of the whole batch, less those that are not positive.
+
+    Returns values [M] and their units [M], rows one after another, and edges [N + 1]: the pairs of row n are
+    edges[n] .. edges[n + 1]. Of equal values the one in the earlier row, then of the lower unit, is chosen. Differentiable
+    as encode_top_k.
+
+    Args:
+        keep: in 0..N * F. centre_D: subtracted from every row; None means 0.
+    """
+    return _encode(x_ND, weight_FD, bias_F, centre_D, lambda x, w, b: _whole_batch(x, w, b, keep))
