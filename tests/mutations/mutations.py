@@ -38,12 +38,11 @@ MUTATIONS = {
     "defaults are forgotten": Mutation("method.py", "bound.apply_defaults()", "pass", "tests/test_method.py -k outermost"),
     "True is a whole number": Mutation("method.py", " or isinstance(value, bool) or value < 1", " or value < 1", "tests/test_method.py -k positive"),
     "the auxiliary loss is detached": Mutation(
-        "latents/topk.py", "return self.aux_alpha * self.error(e_hat_BE, error_BE)",
-        "return self.aux_alpha * self.error(e_hat_BE, error_BE) + 0 * self.error(e_hat_BE.detach(), error_BE) - self.aux_alpha"
-        " * (self.error(e_hat_BE, error_BE) - self.error(e_hat_BE, error_BE).detach())", f"{CONTRACT} -k 'topk and M3b'"),
+        "latents/topk.py", "mse_loss(e_hat_BE.to(error_BE.dtype), error_BE)",
+        "mse_loss(e_hat_BE.to(error_BE.dtype).detach() + 0 * e_hat_BE.to(error_BE.dtype), error_BE)", f"{CONTRACT} -k 'topk and M3b'"),
     "one latent more": Mutation(
-        "latents/topk.py", "self.W_enc_FD, self.b_enc_F, self.k)", "self.W_enc_FD, self.b_enc_F, min(self.k + 1, self.width))[:2]",
-        f"{CONTRACT} -k 'latents/topk-L'"),
+        "latents/topk.py", "self.W_enc_FD, self.b_enc_F, self.k, self.centre_D)",
+        "self.W_enc_FD, self.b_enc_F, min(self.k + 1, self.width), self.centre_D)", f"{CONTRACT} -k 'latents/topk-L'"),
     "the threshold does not follow": Mutation("latents/batch_topk.py", "self.seen += 1", "self.tau.zero_()", f"{CONTRACT} -k 'batch_topk-L4'"),
     "input scale not undone": Mutation(
         "latents/dictionary.py", "return y / self.scale_out.to(y.dtype)", "return y", f"{CONTRACT} -k 'latents/topk-L2'"),
@@ -74,18 +73,23 @@ MUTATIONS = {
         "selection.py", "weight, index = scores.topk(k, dim=-1, sorted=False)", "weight, index = scores.topk(max(1, k - 1), dim=-1, sorted=False)",
         "tests/test_selection.py -k top_k"),
     "the encoder keeps one less": Mutation(
-        "kernels/sparse_encode/__init__.py",
-        "_select(x_ND, weight_FD, bias_F, k)\n        ctx", "_select(x_ND, weight_FD, bias_F, k - 1 or 1)\n        ctx",
+        "kernels/sparse_encode/__init__.py", "(*_screened(x, w, b, k, coarse), None)", "(*_screened(x, w, b, k - 1 or 1, coarse), None)",
         "tests/numerics/test_sparse_decode.py -k encode"),
     "the encoder learns nothing": Mutation(
-        "kernels/sparse_encode/__init__.py", "scatter_rows(grad_M, ctx.routes, x_ND) if ctx.needs_input_grad[1] else None", "None",
+        "kernels/sparse_encode/__init__.py", "scatter_rows(grad_M, ctx.routes, x_ND) if needs[2] else None", "None",
         "tests/numerics/test_sparse_decode.py -k encode"),
     "the encoder passes nothing back": Mutation(
-        "kernels/sparse_encode/__init__.py", "bag(grad_M, ctx.routes, weight_FD) if ctx.needs_input_grad[0] else None", "None",
+        "kernels/sparse_encode/__init__.py", "bag(grad_M, ctx.routes, weight_FD) if needs[0] else None", "None",
         "tests/numerics/test_sparse_decode.py -k encode"),
     "the decoder's table learns from the wrong rows": Mutation(
-        "kernels/sparse_decode/__init__.py", "value_M[routes.order_M].contiguous()", "value_M.contiguous()",
+        "kernels/sparse_decode/cpu.py", "            value = value_M[m]", "            value = value_M[at]",
         "tests/numerics/test_sparse_decode.py -k decode_equals"),
+    "the screen trusts bfloat16": Mutation(
+        "kernels/sparse_encode/screen.py", "        if not coarse:", "        if False:", "tests/numerics/test_top_k.py -k screened_product"),
+    "minus zero is below zero": Mutation(
+        "kernels/top_k/cpu.py", "floor = small(-1) if floor == 0 else floor", "floor = floor", "tests/numerics/test_top_k.py -k equals"),
+    "memory in use is handed out again": Mutation(
+        "kernels/pool.py", "and _is_free(buffer)", "and True", "tests/numerics/test_top_k.py -k pooled"),
     "neurons drop what they keep": Mutation(
         "neurons/linear.py", "kept_NI = self.select(x).mask.flatten(0, -2) if", "kept_NI = ~self.select(x).mask.flatten(0, -2) if",
         f"{CONTRACT} -k 'neurons and L1'"),

@@ -22,6 +22,7 @@ KEEP = 64
 """A free buffer is let go when another one is made and this many were handed out since its last use."""
 
 _NAMES = {torch.float32: "f4", torch.float64: "f8"}
+"""numpy's, where it has the type; others are made from integers of their size."""
 
 
 @dataclass
@@ -58,7 +59,8 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             _buffers.append(buffer)
         buffer.used_at = _count
         # Shaped by numpy: autograd adds gradients in place only into tensors that are nobody's view.
-        return torch.from_numpy(buffer.bytes_.view(f"i{dtype.itemsize}" if dtype not in _NAMES else _NAMES[dtype]).reshape(shape)).view(dtype)
+        shaped = buffer.bytes_.view(_NAMES.get(dtype, f"i{dtype.itemsize}")).reshape(shape)
+        return torch.from_numpy(shaped).view(dtype)
 
 
 def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:

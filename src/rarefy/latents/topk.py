@@ -7,13 +7,11 @@ Shape letters: B = rows, D = input width, E = output width, F = latents, K = kep
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import linear, mse_loss
 
 from ..kernels.sparse_decode import rows_of
 from ..kernels.sparse_encode import encode_top_k
-from ..kernels.top_k import top_k
 from ..method import Loss, not_negative, positive
 from ..selection import Selection, check_finite
 from .dictionary import Dictionary, diagnostics
@@ -59,13 +57,14 @@ class TopK(Dictionary):
         dead_G = (self.idle_F > self.dead_after).nonzero()[:, 0]
         if not len(dead_G) or not self.aux_alpha:
             return None
-        x_BD = scaled_BD if self.centre_D is None else scaled_BD - self.centre_D
-        pre_BG = linear(x_BD, rows_of(self.W_enc_FD, dead_G), self.b_enc_F[dead_G])
-        z_BG = pre_BG.relu()
-        if self.aux_k < len(dead_G):
-            top_BK = top_k(pre_BG, self.aux_k)
-            z_BG = torch.zeros_like(z_BG).scatter(-1, top_BK, z_BG.gather(-1, top_BK))
-        return self.aux_alpha * mse_loss(z_BG @ rows_of(self.W_dec_FD, dead_G), error_BE.to(z_BG.dtype))
+        W_enc_GD, b_enc_G = rows_of(self.W_enc_FD, dead_G), self.b_enc_F[dead_G]
+        if len(dead_G) > self.aux_k:
+            value_BK, index_BK = encode_top_k(scaled_BD, W_enc_GD, b_enc_G, self.aux_k, self.centre_D)
+            e_hat_BE = self.combine(Selection(self.width, value_BK.relu(), index=dead_G[index_BK]))
+        else:
+            centred_BD = scaled_BD if self.centre_D is None else scaled_BD - self.centre_D
+            e_hat_BE = linear(centred_BD, W_enc_GD, b_enc_G).relu() @ rows_of(self.W_dec_FD, dead_G)
+        return self.aux_alpha * mse_loss(e_hat_BE.to(error_BE.dtype), error_BE)
 
     def loss(self, x: Tensor, y: Tensor) -> Loss:
         """mse + aux, of rows and targets in the dictionary's units."""

@@ -75,7 +75,8 @@ class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND, centre_D, weight_FD, bias_F, select):  # type: ignore[no-untyped-def]
         if centre_D is not None:
-            x_ND = x_ND - centre_D
+            out = pool.empty(tuple(x_ND.shape), x_ND.dtype) if _in_chunks(x_ND) and x_ND.dtype == centre_D.dtype else None
+            x_ND = torch.sub(x_ND, centre_D, out=out)
         value, unit, edges_N1 = select(x_ND, weight_FD, bias_F)
         ctx.routes = Routes.from_index(unit, len(weight_FD)) if edges_N1 is None else Routes(unit, edges_N1, len(weight_FD))
         ctx.save_for_backward(x_ND, weight_FD)
