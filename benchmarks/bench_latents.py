@@ -19,13 +19,16 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 CASES = {"A": (256, 4096), "B": (768, 16384), "smoke": (64, 512)}
 K, BATCH, LR = 32, 2048, 5e-4
 TUNED = {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296"}
+PIP = {"sparsify": "eai-sparsify", "sae_lens": "sae-lens", "dictionary_learning": "dictionary-learning", "overcomplete": "overcomplete"}
 Steps = tuple[Callable[[Any], object], Callable[[Any], object]]
 
 
@@ -109,12 +112,14 @@ def sparsify(d: int, width: int) -> Steps:
     return step, coder.encode
 
 
-def saelens(d: int, width: int) -> Steps:
+def saelens(d: int, width: int, sparse: bool) -> Steps:
     import torch
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig  # type: ignore[import-not-found]
     from sae_lens.saes.sae import TrainStepInput  # type: ignore[import-not-found]
 
-    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d, d_sae=width, k=K))
+    # With its default of scaling by decoder norms the sparse variant fails in the backward pass on the CPU.
+    more = {"use_sparse_activations": True, "rescale_acts_by_decoder_norm": False} if sparse else {}
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d, d_sae=width, k=K, **more))
     optimiser = torch.optim.Adam(sae.parameters(), lr=LR)
 
     def step(x: torch.Tensor) -> None:
@@ -142,6 +147,12 @@ def dictionary_learning(d: int, width: int) -> Steps:
 
 def overcomplete(d: int, width: int) -> Steps:
     import torch
+
+    # Its __init__ imports vision models and plots; the dictionaries need neither.
+    found = find_spec("overcomplete")
+    assert found is not None
+    sys.modules["overcomplete"] = package = types.ModuleType("overcomplete")
+    package.__path__ = list(found.submodule_search_locations or ())
     from overcomplete.sae import TopKSAE  # type: ignore[import-not-found]
 
     sae = TopKSAE(d, nb_concepts=width, top_k=K, device="cpu")
@@ -165,7 +176,8 @@ CONTENDERS: dict[str, tuple[str, Callable[[int, int], Steps], dict[str, str]]] =
     "naive dense": ("", naive, {}),
     "sparsify": ("sparsify", sparsify, {}),
     "sparsify, tuned": ("sparsify", sparsify, TUNED),
-    "SAELens TopK": ("sae_lens", saelens, {}),
+    "SAELens TopK": ("sae_lens", lambda d, f: saelens(d, f, False), {}),
+    "SAELens TopK, sparse": ("sae_lens", lambda d, f: saelens(d, f, True), {}),
     "dictionary_learning TopK": ("dictionary_learning", dictionary_learning, {}),
     "Overcomplete TopK": ("overcomplete", overcomplete, {}),
 }
@@ -234,11 +246,9 @@ def main() -> None:
     if args.child:
         print(json.dumps(child(args.child, args.cases, args.steps)))
         return
-    from importlib.util import find_spec
-
     names = [n for n, (package, *_) in CONTENDERS.items() if not package or find_spec(package)]
     for absent in sorted({p for p, *_ in CONTENDERS.values() if p and not find_spec(p)}):
-        print(f"{absent} is not installed and is left out", flush=True)
+        print(f"{absent} is not installed and is left out; to add it: pip install --no-deps {PIP[absent]}, and what it then asks for", flush=True)
     tables = []
     for case in args.cases.split(","):
         seen: dict[str, list[dict[str, float]]] = {n: [] for n in names}
