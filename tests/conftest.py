@@ -1,12 +1,18 @@
 """One thread, fixed seeds, and memory that is full of NaN until it is written."""
 
 import random
+import signal
+import threading
 
 import numpy as np
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# A shell starts background jobs with SIGINT ignored, and Python then leaves it so: tests of Ctrl-C would never see it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from .. import native, pool
+from .. import gpu, native, pool
 from ..routes import Routes
 from .reference import sparse_decode_reference
 
@@ -28,6 +28,10 @@ def scatter_rows(value_M: Tensor, routes: Routes, row_ND: Tensor) -> Tensor:
 
 def _sums(value_M: Tensor, index_M: Tensor, edges_N1: Tensor, table_FD: Tensor, begin_D: Tensor | None) -> Tensor:
     n, width = len(edges_N1) - 1, table_FD.shape[1]
+    if gpu.serves(value_M, table_FD):
+        from .triton import weighted_sums as sums_on_gpu
+
+        return sums_on_gpu(value_M, index_M, edges_N1, table_FD, begin_D)
     if native.serves(value_M, table_FD):
         from .cpu import weighted_sums
 
@@ -44,6 +48,10 @@ def _sums(value_M: Tensor, index_M: Tensor, edges_N1: Tensor, table_FD: Tensor, 
 
 def pair_products(row_ND: Tensor, routes: Routes, table_FD: Tensor) -> Tensor:
     """[M] inner product of each pair's row and table row."""
+    if gpu.serves(row_ND, table_FD):
+        from .triton import products as products_on_gpu
+
+        return products_on_gpu(row_ND, routes.unit_M, routes.edges_N1, table_FD)
     if native.serves(row_ND, table_FD):
         from .cpu import products
 
@@ -56,7 +64,7 @@ def pair_products(row_ND: Tensor, routes: Routes, table_FD: Tensor) -> Tensor:
 
 def _both(value_M: Tensor, routes: Routes, grad_ND: Tensor, table_FD: Tensor) -> tuple[Tensor, Tensor]:
     """(pair_products(grad), scatter_rows(grad)); compiled loops read the gradient once for both."""
-    if not native.serves(value_M, grad_ND, table_FD):
+    if gpu.serves(value_M, grad_ND, table_FD) or not native.serves(value_M, grad_ND, table_FD):
         return pair_products(grad_ND, routes, table_FD), scatter_rows(value_M, routes, grad_ND)
     from .cpu import both_gradients
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import gpu, native
 from .reference import top_k_reference
 
 __all__ = ["top_k", "top_k_reference"]
@@ -28,6 +28,10 @@ def top_k(scores_NF: Tensor, k: int) -> Tensor:
     scores_NF = scores_NF.detach()
     if torch.compiler.is_compiling():
         return top_k_reference(scores_NF, k)
+    if gpu.serves(scores_NF):
+        from .triton import top_k_rows
+
+        return top_k_rows(scores_NF, k)
     return _loops(scores_NF, k) if native.serves(scores_NF, dtypes=tuple(_BITS)) else _torch(scores_NF, k)
 
 
