@@ -4,12 +4,15 @@
     python scripts/train_builtin.py --out build/builtin --steps 2600
     python scripts/card_builtin.py build/builtin
 
-Interrupted runs go on from the last checkpoint in --out. Checkpoints along the way (for studies over training) are
-kept in --out/track.
+Interrupted runs go on from the last checkpoint in --out. Checkpoints along the way (for studies over training) are kept
+in --out/track as folders that rarefy opens:
+
+    rarefy track latents/topk build/builtin/track/step-* --site layers.3.resid_post
 """
 import argparse
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -23,13 +26,13 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 TOKENS_A_STEP = 8192
 SHORT, LONG = 256, 1024            # context: short for the first part of training, then long
 LONG_FROM, DECAY_FROM = 0.65, 0.6  # fractions of all steps
-TRACK = (50, 100, 200, 400, 800, 1600, 2600)
+TRACK = "50,100,200,400,800,1600,2600"
 
 
-def config(vocab: int, eos: int) -> LlamaConfig:
+def config(vocab: int, eos: int, hidden: int = 256, layers: int = 6) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=vocab, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, rms_norm_eps=1e-5, tie_word_embeddings=True,
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers, num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 128, max_position_embeddings=2048, rms_norm_eps=1e-5, tie_word_embeddings=True,
         bos_token_id=eos, eos_token_id=eos, pad_token_id=eos,
     )
 
@@ -64,18 +67,35 @@ def save(out: Path, name: str, model, optimisers, step: int) -> None:
     os.replace(part, out / name)
 
 
+def save_track(out: Path, model, tokenizer, step: int) -> None:
+    """A checkpoint along the way: bfloat16, with config and tokenizer, complete or not there."""
+    folder, part = out / "track" / f"step-{step:05d}", out / "track" / f".tmp-{step}"
+    if not folder.exists():
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        tensors = {k: v.detach().to(torch.bfloat16).contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
+        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+        model.config.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        part.rename(folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--track", default=TRACK, help="steps at which a checkpoint is kept, separated by commas")
+    parser.add_argument("--hidden", type=int, default=256, help="width, a multiple of 128; with --layers for smaller models")
+    parser.add_argument("--layers", type=int, default=6)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    track = {int(step) for step in args.track.split(",") if step}
 
     tokenizer = AutoTokenizer.from_pretrained(args.out)
     stream = token_stream(args.out, tokenizer, tokenizer.eos_token_id)
-    model = LlamaForCausalLM(config(len(tokenizer), tokenizer.eos_token_id))
+    model = LlamaForCausalLM(config(len(tokenizer), tokenizer.eos_token_id, args.hidden, args.layers))
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimisers = [torch.optim.Muon(matrices, lr=0.02, weight_decay=0.01, momentum=0.95),
@@ -95,7 +115,6 @@ def main() -> None:
             logits = model(x_BT, use_cache=False).logits[:, :-1]
         return cross_entropy(logits.flatten(0, 1).float(), x_BT[:, 1:].flatten())
 
-    (args.out / "track").mkdir(exist_ok=True)
     log = (args.out / "train_log.jsonl").open("a")
     began = time.time()
     for step in range(start, args.steps):
@@ -114,9 +133,8 @@ def main() -> None:
             print(json.dumps(record), file=log, flush=True)
         if done % 100 == 0 or done == args.steps:
             save(args.out, "latest.pt", model, optimisers, done)
-        if done in TRACK:
-            tensors = {k: v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
-            save_file(tensors, args.out / "track" / f"step-{done:05d}.safetensors")
+        if done in track:
+            save_track(args.out, model, tokenizer, done)
     model.to(torch.bfloat16).save_pretrained(args.out)
     assert load_file(args.out / "model.safetensors"), "the saved model must open again"
 

@@ -1,7 +1,6 @@
 """Two processes on gloo train as one does, and end together whatever happens to either.
 
-One process imports torch and forks pairs that play the scenes below; `torchrun` itself plays one, in a slow test. A pair
-that waits for each other for ever is killed and reported as a hang.
+Pairs play the scenes below (processes.py); `torchrun` itself plays one, in a slow test.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ import torch.distributed as dist
 from torch import nn
 
 import rarefy
-from rarefy.errors import BadInput, Halted, RarefyError
+from processes import main, played_by
+from rarefy.errors import BadInput, Halted
 from rarefy.fit import Recipe, train
 from rarefy.latents.batch_topk import BatchTopK
 from rarefy.latents.gated import Gated
@@ -250,73 +250,17 @@ SCENES = {
 }
 
 
-def play(name, rank, folder):
-    """One process of a pair: the scene's result or its error, as JSON."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    try:
-        out = SCENES[name](rank, folder) or {}
-    except (RarefyError, Halted, RuntimeError) as error:
-        out = {"error": type(error).__name__, "text": str(error), "step": getattr(error, "step", None)}
-    (folder / f"{rank}.json").write_text(json.dumps(out))
-    dist.destroy_process_group()
-
-
-def pair(name, folder, most):
-    folder.mkdir()
-    pids, end = [], time.monotonic() + most
-    for rank in range(2):
-        pid = os.fork()
-        if not pid:
-            try:
-                play(name, rank, folder)
-                os._exit(0)
-            except BaseException as error:
-                sys.stderr.write(f"{name} {rank}: {error!r}\n")
-                os._exit(1)
-        pids.append(pid)
-    left = set(pids)
-    while left and time.monotonic() < end:
-        left -= {pid for pid in left if os.waitpid(pid, os.WNOHANG)[0]}
-        time.sleep(0.005)
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    if left:
-        (folder / "hang").touch()
-
-
-def main(root, names):
-    torch.set_num_threads(1)
-    torch.optim.Adam([torch.zeros(1)])      # what it imports is imported once, before the forks
-    for name in names:
-        pair(name, Path(root) / name, 60)
-
-
 QUICK = ("equal", "uneven", "bad_nan", "good", "signalled")
-
-
-def played_by(root, names):
-    env = {**os.environ, "PYTHONPATH": str(Path(rarefy.__file__).parents[1]), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run([sys.executable, __file__, str(root), *names], env=env, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-    def get(name):
-        assert not (root / name / "hang").exists(), f"{name}: the processes wait for each other"
-        files = [root / name / f"{rank}.json" for rank in range(2)]
-        assert all(f.exists() for f in files), done.stderr[-3000:]
-        return [json.loads(f.read_text()) for f in files], root / name / "run"
-
-    return get
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    return played_by(tmp_path_factory.mktemp("quick"), QUICK)
+    return played_by(__file__, tmp_path_factory.mktemp("quick"), QUICK)
 
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory):
-    return played_by(tmp_path_factory.mktemp("slow"), SCENES)
+    return played_by(__file__, tmp_path_factory.mktemp("slow"), SCENES)
 
 
 def close(got, want):
@@ -480,4 +424,4 @@ def test_torchrun(tmp_path):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(SCENES)

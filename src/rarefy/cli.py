@@ -16,6 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_exchange import add_exchange
+from .cli_latents import add_latents
 from .errors import BadInput, printable
 from .jobs.ending import guarded
 
@@ -71,8 +73,19 @@ def fit(
     context: Context = 512,
     tokens: Tokens = 400_000,
     seed: Annotated[int, typer.Option(help="Seed of initialisation and data order.")] = 0,
-    target: Annotated[str, typer.Option(help="Site to reproduce, for transcoders; default the site read.")] = "",
+    target: Annotated[str, typer.Option(help="Site to reproduce, for transcoders; default the site read. Several, as for --site.")] = "",
+    join: Annotated[
+        str, typer.Option(help="Several sites (commas, globs): concat reads all as one row (crosscoder), mix each as a row of its own (multi-layer).")
+    ] = "",
+    beside: Annotated[str, typer.Option(help="A second model, read at the same sites, for a crosscoder of two models (with --join concat).")] = "",
     store: Annotated[bool, typer.Option(help="Keep the activations on disk under OUT and train from there.")] = False,
+    objective: Annotated[
+        str, typer.Option(help="Train on: local, the activation; e2e, the model's output when spliced in; e2e+downstream, later layers too.")
+    ] = "local",
+    downstream: Annotated[float | None, typer.Option(help="Weight of later layers in e2e+downstream; default 1.")] = None,
+    resume_from: Annotated[
+        str, typer.Option(help="A finished run, one of its methods/ folders, or another library's dictionary, to be trained on.")
+    ] = "",
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
@@ -82,24 +95,69 @@ def fit(
 
     request = FitRequest(
         methods=_names(methods), model=model, site=site, data=data, out=out, width=width, k=k, budget=budget, steps=steps,
-        batch=batch, lr=lr, precision=precision, context=context, tokens=tokens, seed=seed, target=target, store=store,
-        settings=_settings(settings),
+        batch=batch, lr=lr, precision=precision, context=context, tokens=tokens, seed=seed, target=target, join=join, beside=beside, store=store,
+        objective=objective, downstream=downstream, resume_from=resume_from, settings=_settings(settings),
     )
     _print(run(request, screen=_screen(as_json)), as_json, out)
 
 
 @app.command()
 def judge(
-    run: Annotated[Path, typer.Argument(help="A run folder made by `rarefy fit`.")],
+    runs: Annotated[list[str], typer.Argument(help="A run folder made by `rarefy fit`; with --suite planted, phase or othello, method names.")],
     against: Annotated[str, typer.Option(help="What to compare with: dense, or method names, separated by commas.")] = "dense",
     data: Data = "",
-    tokens: Tokens = 20_000,
+    tokens: Annotated[int | None, typer.Option(help="Most tokens to judge on; 0 reads all. Default 20,000, with --suite latents 60,000.")] = None,
+    suite: Annotated[
+        str, typer.Option(help="latents: runs on concepts of Python. Methods: planted, on known features; phase, at many L0; othello, on a board.")
+    ] = "",
+    out: Annotated[Path, typer.Option(help="Folder of a suite; what is there is kept, and an interrupted suite goes on.")] = Path("runs/suite"),
+    kinds: Annotated[str, typer.Option(help="Kinds of planted data, separated by commas; default all.")] = "",
+    seeds: Annotated[int, typer.Option(help="Seeds a method, for a suite.")] = 3,
+    steps: Annotated[int, typer.Option(help="Training steps, for a suite.")] = 1500,
+    settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
-    """Judge a fitted run on held-out text: fidelity, cost and intervals over documents."""
+    """Judge a fitted run on held-out text: fidelity, cost and intervals over documents. Or, with --suite, methods on known ground truth."""
+    if suite == "latents":
+        from .jobs.latent_suite import TOKENS, judge_latents
+
+        folders, tokens = [Path(run) for run in runs], TOKENS if tokens is None else tokens
+        _print(judge_latents(folders, data=data, tokens=tokens, out=out, screen=_screen(as_json)), as_json, out)
+        return
+    if suite == "othello":
+        from .jobs.suite_othello import OthelloRequest, othello
+
+        request = OthelloRequest([name for given in runs for name in _names(given)], out, seeds=seeds, steps=steps, settings=_settings(settings))
+        _print(othello(request, screen=_screen(as_json)), as_json, out)
+        return
+    if suite:
+        from .jobs.suite import SuiteRequest
+        from .jobs.suite import suite as run_suite
+
+        names = [name for given in runs for name in _names(given)]
+        wanted = SuiteRequest(names, out, suite=suite, kinds=_names(kinds), seeds=seeds, steps=steps, settings=_settings(settings))
+        _print(run_suite(wanted, screen=_screen(as_json)), as_json, out)
+        return
     from .jobs.judge import judge as job
 
-    _print(job(run, _names(against), data=data, tokens=tokens, screen=_screen(as_json)), as_json, run)
+    if len(runs) != 1:
+        raise BadInput(f"judge takes one run folder, not {len(runs)}; with --suite planted, methods")
+    run = Path(runs[0])
+    _print(job(run, _names(against), data=data, tokens=20_000 if tokens is None else tokens, screen=_screen(as_json)), as_json, run)
+
+
+@app.command()
+def convert(
+    run: Annotated[Path, typer.Argument(help="A run folder made by `rarefy fit`.")],
+    out: Out = Path("runs/convert"),
+    method: Annotated[str, typer.Option(help="Which of the run's methods; default its only one that ranks latents.")] = "",
+    tokens: Annotated[int, typer.Option(help="Most tokens of the fitted text to set the threshold on.")] = 20_000,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a TopK-like dictionary into a JumpReLU one that is as sparse: one threshold in place of the k largest."""
+    from .jobs.convert import convert as job
+
+    _print(job(run, out, method=method, tokens=tokens, screen=_screen(as_json)), as_json, out)
 
 
 @app.command()
@@ -181,6 +239,23 @@ def sites(
         return
     for s in found:
         typer.echo(f"{s['name']:28} {s['kind']:10} {s['d']:>6}  {s['module']}")
+
+
+@app.command()
+def groups(
+    model: Model,
+    count: Annotated[int, typer.Option("--groups", help="How many groups to make.")] = 3,
+    site: Site = "layers.*.resid_post",
+    linkage: Annotated[str, typer.Option(help="Distance of two groups: complete, average or single.")] = "complete",
+    data: Data = "stdlib",
+    context: Context = 512,
+    tokens: Tokens = 20_000,
+    as_json: AsJson = False,
+) -> None:
+    """Group neighbouring layers by the angles between their activations, each group for one dictionary (`fit --join mix`)."""
+    from .jobs.groups import groups as run
+
+    _print(run(model, site, count, linkage=linkage, data=data, context=context, tokens=tokens, screen=_screen(as_json)), as_json, Path())
 
 
 @app.command()
@@ -278,6 +353,10 @@ def _print(result: Any, as_json: bool, out: Path) -> None:
         typer.echo(_dumps(result.as_json()))
     else:
         result.show(out)
+
+
+add_exchange(app, _screen, _print)
+add_latents(app, _screen, _print, _settings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

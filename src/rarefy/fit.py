@@ -10,7 +10,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from .store.atomic import write_atomic
 from .store.checkpoint import diff_meta, load_checkpoint, save_checkpoint
 from .store.lines import append_line, read_lines, to_lines
 from .store.lock import RunLock
-from .streams import Batch, Stream
+from .streams import Batch, Stream, _digest
 
 __all__ = ["Log", "Recipe", "calibrate", "train"]
 
@@ -144,7 +144,7 @@ def calibrate(
 
 def train(
     plan: Mapping[str, Sparse], stream: Stream, recipe: Recipe, run: str | Path | None = None, *, resume: bool = True,
-    on_log: Log | None = None,
+    begun: Collection[str] = (), shards: int = 1, on_log: Log | None = None,
 ) -> Mapping[str, Sparse]:
     """Train every method of `plan` on one stream of activations; the only training loop.
 
@@ -159,6 +159,10 @@ def train(
     Args:
         plan: name -> method to train, on the device and in the dtype to train in. Back in eval mode afterwards.
         resume: False refuses a folder that holds a run.
+        begun: names of methods that were trained before: they are not initialised again but go on from their tensors, which
+            a run taken up again must be given too.
+        shards: of torch.distributed's processes, how many hold a method between them, each a part of its latents; every set
+            of that many works on its share of the rows. Checkpoints are those of whole methods, whatever `shards` is.
         on_log: called in the first process with each log record: step, seconds, rows a second, and per method the loss
             and its parts; and with {"step", "skipped"} when damaged checkpoints were passed over.
 
@@ -170,17 +174,21 @@ def train(
     recipe.check()
     run = None if run is None else Path(run)
     learners = _learners(plan, recipe)
-    meta = _meta(learners, stream, recipe)
+    meta = _meta(learners, stream, recipe, begun)
     with contextlib.ExitStack() as held:
+        if mesh := held.enter_context(world.meshed(shards)):
+            learners = [Learner(whole.name, whole.method.shard(mesh), recipe, mesh) for whole in learners]
         stop = held.enter_context(_signals()) if run else world.Stop()
         with world.together():
             if run and world.first():
                 held.enter_context(RunLock(run / "checkpoints"))
         start = _begin(run, learners, meta, resume, on_log)
-        for method in plan.values():
-            method.train()
-            held.callback(method.eval)
-        _steps(learners, stream, recipe, start, run, meta, stop, on_log)
+        for learner in learners:
+            learner.method.train()
+            held.callback(learner.method.eval)
+            if mesh:
+                held.callback(learner.give_back, plan[learner.name])
+        _steps(learners, stream, recipe, start, run, meta, stop, begun, on_log)
     return plan
 
 
@@ -194,11 +202,14 @@ def _learners(plan: Mapping[str, Sparse], recipe: Recipe) -> list[Learner]:
     return [Learner(name, method, recipe) for name, method in plan.items()]
 
 
-def _meta(learners: list[Learner], stream: Stream, recipe: Recipe) -> dict[str, Any]:
+def _meta(learners: list[Learner], stream: Stream, recipe: Recipe, begun: Collection[str]) -> dict[str, Any]:
+    if strange := set(begun) - {m.name for m in learners}:
+        raise BadInput(f"begun names {', '.join(sorted(strange))}, which the plan does not hold; it holds {', '.join(m.name for m in learners)}")
     return {
         "methods": {m.name: {"method": m.method.name, "dtype": str(m.dtype).removeprefix("torch."), **m.method.arguments} for m in learners},
         "recipe": {**asdict(recipe), "betas": list(recipe.betas)},
         "data": stream.made_from,
+        **({"begun": {m.name: _digest(m.method.state_dict()) for m in learners if m.name in begun}} if begun else {}),
     }
 
 
@@ -228,7 +239,7 @@ def _begin(run: Path | None, learners: list[Learner], meta: dict[str, Any], resu
 
 def _steps(
     learners: list[Learner], stream: Stream, recipe: Recipe, start: int, run: Path | None, meta: dict[str, Any], stop: world.Stop,
-    on_log: Log | None,
+    begun: Collection[str], on_log: Log | None,
 ) -> None:
     if start >= recipe.steps:
         return
@@ -238,7 +249,8 @@ def _steps(
         world.mine(first[0])
         if start == 0:
             for learner in learners:
-                learner.method.initialise(*_placed(first, learner, {}))
+                if learner.name not in begun:
+                    learner.method.initialise(*_placed(first, learner, {}))
     world.copy_from_first(t for learner in learners for t in learner.tensors())
     clock, rows = time.perf_counter(), 0
     for step in range(start, recipe.steps):
@@ -256,7 +268,7 @@ def _steps(
             raise
         for learner in learners:
             learner.step(step)
-        done, rows = step + 1, rows + len(batch[0])
+        done, rows = step + 1, rows + (len(batch[0]) if batch[0].is_floating_point() else batch[0].numel())      # of windows: tokens
         if done % recipe.log_every == 0 or done == recipe.steps:
             seconds = time.perf_counter() - clock
             record = {"step": done, "of": recipe.steps, "seconds": round(seconds, 3), "rows_per_s": round(rows / seconds, 1)}
@@ -291,11 +303,11 @@ def _share(batch: Batch) -> Batch:
 
 
 def _placed(batch: Batch, learner: Learner, made: dict[tuple[torch.dtype, torch.device], Batch]) -> Batch:
-    """The batch in a method's dtype and on its device; `made` holds what other methods of the step had made."""
+    """The batch in a method's dtype (token ids in their own) and on its device; `made` holds what other methods of the step had made."""
     key = (learner.dtype, learner.device)
     if key not in made:
         x, y = batch
-        mine = x.to(device=learner.device, dtype=learner.dtype)
+        mine = x.to(device=learner.device, dtype=learner.dtype if x.is_floating_point() else x.dtype)
         made[key] = mine, (mine if y is x else y.to(device=learner.device, dtype=learner.dtype))
     return made[key]
 
@@ -310,11 +322,13 @@ def _report(record: dict[str, Any], learners: list[Learner], run: Path | None, o
 
 
 def _keep(run: Path, learners: list[Learner], meta: dict[str, Any], step: int) -> None:
+    parts = [learner.state() for learner in learners if learner.shards or world.first()]
     with world.together():
         if world.first():
             tensors = _random()
-            for learner in learners:
-                tensors |= learner.state()
+            for learner, held in zip(learners, parts, strict=True):
+                learner.check(held)
+                tensors |= held
             save_checkpoint(run / "checkpoints", step, tensors, {"made": meta})
 
 

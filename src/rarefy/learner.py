@@ -9,7 +9,7 @@ Shape letters: B = rows of a batch, D = input width, E = output width.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,13 +84,13 @@ class Learner:
         BadInput: the method is not one that is trained, or has nothing to train.
     """
 
-    def __init__(self, name: str, method: Sparse, recipe: Recipe) -> None:
+    def __init__(self, name: str, method: Sparse, recipe: Recipe, shards: world.Shards | None = None) -> None:
         if method.fitted != "trained":
             raise BadInput(f"{name}: {method.name or type(method).__name__} is not trained; use calibrate, or leave it out")
         self.parameters = [p for p in method.parameters() if p.requires_grad]
         if not self.parameters:
             raise BadInput(f"{name}: no parameter of {method.name or type(method).__name__} requires a gradient; unfreeze it, or leave it out")
-        self.name, self.method, self.recipe, self.peak = name, method, recipe, peak_rate(recipe, method)
+        self.name, self.method, self.recipe, self.peak, self.shards = name, method, recipe, peak_rate(recipe, method), shards
         self.optimiser = torch.optim.Adam(self.parameters, lr=self.peak, betas=recipe.betas, fused=True)
         self.logged: dict[str, Tensor] = {}
         """Loss and parts of the last batch, means over its pieces weighted by rows."""
@@ -113,7 +113,7 @@ class Learner:
         self.logged = {}
         self._before = {k: b.clone() for k, b in self.method.named_buffers()}
         pieces = [(x_BD, y_BE)] if self.recipe.accumulate == 1 else _pieces(x_BD, y_BE, self.recipe.accumulate)
-        self._join = None if len(pieces) * world.place()[1] == 1 else _Join(self.method, self._before)
+        self._join = None if len(pieces) * world.share()[1] == 1 else _Join(self.method, self._before)
         for x, y in pieces:
             share = len(x) / len(x_BD)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
@@ -134,11 +134,30 @@ class Learner:
             for p in self.parameters:
                 if p.grad is None:        # every process must take part in every reduction
                     p.grad = torch.zeros_like(p)
+            self._sum_shards()
             world.mean_(p.grad for p in self.parameters if p.grad is not None)
         self.method.before_step()
-        self._norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+        self._norm = self._whole_norm()
         if not math.isfinite(self._norm):
             raise BadInput(self._lost(f"the norm of its gradient became {self._norm}", step))
+
+    def _sum_shards(self) -> None:
+        """Of a parameter that all shards have, each has the gradient of what it did with it: add them up."""
+        if self.shards:
+            for name, p in self.method.named_parameters():
+                if p.grad is not None and name not in self.method.sharded:
+                    p.grad = self.shards.total(p.grad)
+
+    def _whole_norm(self) -> float:
+        """Norm of the whole method's gradient."""
+        def norm(names: Callable[[str], bool]) -> Tensor:
+            grads = [p.grad for n, p in self.method.named_parameters() if p.grad is not None and names(n)]
+            return torch.nn.utils.get_total_norm(grads)
+
+        if not self.shards:
+            return float(norm(lambda _: True))
+        part = self.shards.total(norm(lambda n: n in self.method.sharded).square())
+        return float((part + norm(lambda n: n not in self.method.sharded).square()).sqrt())
 
     def step(self, step: int) -> None:
         """Move the parameters and let the method project and count."""
@@ -175,20 +194,44 @@ class Learner:
         return [t.detach() for t in (*self.method.parameters(), *self.method.buffers())]
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a resumed step depends on, as named tensors. Raises BadInput if a parameter is not finite."""
-        for name, p in self.method.named_parameters():
-            if not bool(torch.isfinite(p).all()):
+        """Everything that a resumed step depends on, as named tensors; of a method that is shared out the whole, in the first
+        process of the shards, and every one of them must ask. The number of shards may then differ when it is taken up."""
+        out = {f"{self.name}/method/{k}": (k, v) for k, v in self.method.state_dict().items()}
+        name_of = {id(p): name for name, p in self.method.named_parameters()}
+        for i, p in enumerate(self.parameters):
+            held = self.optimiser.state[p]
+            out |= {f"{self.name}/optimiser/{i}/{k}": ("" if k == "step" else name_of[id(p)], held[k]) for k in _ADAM if k in held}
+        whole = {key: self.shards.whole(v) if self.shards and name in self.method.sharded else v for key, (name, v) in out.items()}
+        return {key: v for key, v in whole.items() if v is not None}
+
+    def give_back(self, method: Sparse) -> None:
+        """Put what the shards have into the whole method that they were made of, in the first process of each set of shards."""
+        assert self.shards
+        parts = {k: self.shards.whole(v) if k in self.method.sharded else v for k, v in self.method.state_dict().items()}
+        if self.shards.rank == 0:
+            method.load_state_dict({k: v for k, v in parts.items() if v is not None})
+
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise BadInput if a parameter in a state is not finite."""
+        for name, _ in self.method.named_parameters():
+            if not bool(torch.isfinite(tensors[f"{self.name}/method/{name}"]).all()):
                 raise BadInput(
                     f"{self.name}: {name} became NaN or inf; it is not saved and the last good checkpoint is kept: start again with a lower lr"
                 )
-        out = {f"{self.name}/method/{k}": v for k, v in self.method.state_dict().items()}
-        for i, p in enumerate(self.parameters):
-            out |= {f"{self.name}/optimiser/{i}/{k}": self.optimiser.state[p][k] for k in _ADAM if k in self.optimiser.state[p]}
-        return out
+
+    def _parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This shard's rows of a whole state."""
+        assert self.shards
+        ours = {f"{self.name}/method/{k}" for k in self.method.sharded}
+        names = [n for n, p in self.method.named_parameters() if p.requires_grad]
+        ours |= {f"{self.name}/optimiser/{i}/{k}" for i, n in enumerate(names) if n in self.method.sharded for k in _ADAM if k != "step"}
+        return {key: self.shards.part(v) if key in ours else v for key, v in tensors.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """The reverse of `state`. Raises Damaged, before anything is changed, if a tensor is missing or has another shape."""
         at = f"{self.name}/optimiser"
+        if self.shards:
+            tensors = self._parts(tensors)
         moved = [i for i in range(len(self.parameters)) if any(f"{at}/{i}/{k}" in tensors for k in _ADAM)]    # others never had a gradient
         moments = {f"{at}/{i}/{k}": (self.parameters[i], k) for i in moved for k in _ADAM}
         want: dict[str, Any] = {f"{self.name}/method/{k}": v.shape for k, v in self.method.state_dict().items()}
@@ -227,7 +270,7 @@ class _Join:
         for name, buffer in self.method.named_buffers():
             old = self.before[name]
             if buffer.is_floating_point():
-                move = torch.where(buffer == old, 0.0, buffer - old) * (share / world.place()[1])     # inf - inf would be NaN
+                move = torch.where(buffer == old, 0.0, buffer - old) * (share / world.share()[1])     # inf - inf would be NaN
                 self.moves[name] = self.moves[name] + move if name in self.moves else move
             else:
                 value = buffer.long()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .cost import Cost
 from .errors import BadInput, Unsupported
 from .selection import Selection
+from .world import Shards
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class Sparse(nn.Module):
     """"none", "calibrated" (observe + finish) or "trained" (loss)."""
     row_counters: ClassVar[tuple[str, ...]] = ()
     """Buffers in which `loss` counts rows since an event, so that `train` can add up the pieces a batch is worked through in."""
+
+    sharded: ClassVar[tuple[str, ...]] = ()
+    """Parameters and buffers of which each process holds a part of the rows, where a method is shared out over processes."""
 
     _arguments: dict[str, Any]
 
@@ -114,6 +118,10 @@ class Sparse(nn.Module):
     def loss(self, x: Tensor, y: Tensor) -> Loss:
         """Training: rows x in, rows y to reproduce (y is x for autoencoders)."""
         raise Unsupported(f"{self.name} is not trained")
+
+    def shard(self, shards: Shards) -> Sparse:
+        """This process's part of a method that several processes hold between them and train as one."""
+        raise Unsupported(f"{self.name} cannot be shared out over processes; latents/topk and latents/abs_topk can, or train it with shards=1")
 
     def before_step(self) -> None:
         """Called by `train` between the backward pass and the optimiser's step (gradient projections). Default: nothing."""

@@ -32,6 +32,8 @@ PANEL = Frame(430, 290, 52, 14, 54, 44, small=True)
 GAP = 22
 COLOURS = ("#2f81c4", "#d2601a", "#2f9460", "#a552ab", "#a8830a", "#c43d60", "#5a6bd0", "#1b9092")
 GREY, FRONT = "#7d858d", "#e0a92e"
+CELLS = (226, 238, 248), (18, 78, 136)
+"""Colour of a cell at 0 and at 1."""
 SHAPES = (
     "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0z",
     "M-4-4h8v8h-8z",
@@ -95,6 +97,35 @@ def overview_svg(units: Sequence[Mapping[str, Any]]) -> str:
     width = PANEL.width if len(units) == 1 else 2 * PANEL.width + GAP
     title = escape(_clean("Frontiers of " + ", ".join(_name(unit) for unit in units)))
     return _document(width, rows * PANEL.height + (rows - 1) * GAP, title, body)
+
+
+def grid_svg(title: str, columns: Sequence[str], rows: Sequence[str], values: Sequence[Sequence[float]], *, across: str = "") -> str:
+    """SVG text of a table of shares as coloured cells with their figures: phase diagrams, methods by kinds of data.
+
+    Args:
+        columns, rows: labels. values: a list of numbers in [0, 1] a row; NaN leaves the cell empty. across: what columns are.
+
+    Raises:
+        BadInput: nothing to draw, or lists that do not fit the labels.
+    """
+    if not rows or not columns or len(values) != len(rows) or any(len(row) != len(columns) for row in values):
+        raise BadInput(f"a grid of {len(rows)} rows and {len(columns)} columns needs as many lists of as many numbers, and at least one")
+    left = 24 + 7 * max(len(label) for label in rows)
+    wide, high, top = max(64, 14 + 7 * max(len(label) for label in columns)), 30, 66
+    body = [_text(12, 22, title, "start", weight="600")]
+    body += [_text(left + (i + 0.5) * wide, top - 10, label, "middle") for i, label in enumerate(columns)]
+    body += [_text(left + len(columns) * wide, top + len(rows) * high + 24, f"{across} →", "end")] if across else []
+    for j, (label, row) in enumerate(zip(rows, values, strict=True)):
+        body.append(_text(left - 12, top + (j + 0.5) * high + 4, label, "end"))
+        for i, value in enumerate(row):
+            if math.isnan(value):
+                continue
+            x, y, share = left + i * wide, top + j * high, min(1.0, max(0.0, value))
+            red, green, blue = (round(a + (b - a) * share) for a, b in zip(*CELLS, strict=True))      # opaque: the same on any paper
+            fill = f"#{red:02x}{green:02x}{blue:02x}"
+            body.append(f'<rect x="{x + 1:g}" y="{y + 1:g}" width="{wide - 2:g}" height="{high - 2:g}" rx="3" fill="{fill}"/>')
+            body.append(_text(x + wide / 2, y + high / 2 + 4, f"{value:.2f}", "middle", "#ffffff" if share > 0.5 else "#14324c"))
+    return _document(left + len(columns) * wide + 16, top + len(rows) * high + (36 if across else 12), escape(_clean(title)), body)
 
 
 def _name(unit: Mapping[str, Any]) -> str:

@@ -52,6 +52,12 @@ class Selection:
         return empty.scatter(-1, self.index, self.weight)
 
     @property
+    def on(self) -> Tensor:
+        """bool in the shape of `weight`: where a unit is kept and its weight, of either sign, is not zero."""
+        on = self.weight != 0
+        return on if self.mask_ is None else on & self.mask_
+
+    @property
     def count(self) -> Tensor:
         """[...] units kept in each row."""
         return self.mask.sum(-1)

@@ -3,12 +3,13 @@
 Every stream is a pure function of (seed, step): the batch at a step does not depend on where reading began, so that
 a resumed run sees exactly what the uninterrupted one would have seen.
 
-Shape letters: N = rows, B = batch rows, D = input width, E = output width, T = context.
+Shape letters: N = rows, B = batch rows, D = input width, E = output width, T = context, S = sites.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from .errors import BadInput
 from .method import positive
-from .site import capture, sites
+from .places import sites_of
+from .site import capture
 from .store.tensors import raw_bytes
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 Batch = tuple[Tensor, Tensor]
 """(x_BD, y_BE): what goes in and what is to be reproduced; the same tensor for autoencoders."""
+JOINS = ("concat", "mix")
 
 
 class Stream(Protocol):
@@ -62,12 +65,14 @@ def _order(n: int, seed: int, number: int, salt: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(mixed % 2**63))
 
 
-def _one(model: nn.Module, name: str) -> str:
-    """Canonical name of the one site that `name` means."""
-    found = list(sites(model, name))
-    if len(found) > 1:
-        raise BadInput(f"{name} names {len(found)} sites ({', '.join(found[:3])}, ...); give one")
-    return found[0]
+def _weights(model: nn.Module) -> str:
+    return _digest({k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)})
+
+
+def _names(model: nn.Module, given: str | Sequence[str]) -> tuple[str, ...]:
+    """Canonical names of all that is named, each once, in the order given (a glob's in the model's)."""
+    asked = [given] if isinstance(given, str) else given
+    return tuple(dict.fromkeys(name for found in sites_of(model, asked) for name in found))
 
 
 class TensorStream:
@@ -120,6 +125,79 @@ class StoreStream:
             yield x_BD, x_BD
 
 
+@dataclass(frozen=True)
+class Flow:
+    """Which sites a dictionary reads, which it reproduces, and how its rows are made of several.
+
+    `concat`: a row is what flows at all of them at one position, one after another (crosscoders, transcoders from or to
+    several sites). `mix`: a row is what flows at one of them, so that a position gives a row a site and one dictionary serves
+    all (multi-layer and layer-group autoencoders).
+    """
+
+    sites: tuple[str, ...]
+    targets: tuple[str, ...]
+    """The same as `sites` for autoencoders."""
+    join: str = ""
+    """concat, mix, or "" for one site and one target."""
+    beside: bool = False
+    """Whether the sites are read in two models: those of the first, then those of the second."""
+
+    @classmethod
+    def of(cls, model: nn.Module, site: str | Sequence[str], target: str | Sequence[str] = (), join: str = "", beside: bool = False) -> Flow:
+        """Of names, aliases and globs. Raises BadInput where the sites do not fit each other or the way they are joined."""
+        names, goals = _names(model, site), _names(model, target) if target else ()
+        if join and join not in JOINS:
+            raise BadInput(f"join={join!r} must be one of {', '.join(JOINS)}")
+        for what, found in (("site", names), ("target", goals)):
+            if len(found) > 1 and not join:
+                raise BadInput(
+                    f"{what} names {len(found)} sites ({', '.join(found[:3])}, ...); train on one site a run, or join them: concat makes one row of "
+                    "all (a crosscoder), mix takes each as a row of its own (one dictionary for all layers)"
+                )
+        if join and len(names) == 1 and len(goals) < 2 and not beside:
+            raise BadInput(f"join={join!r} with one site, {names[0]}, joins nothing; name several, or leave it out")
+        if beside and (goals or join != "concat"):
+            raise BadInput("two models are read side by side by a crosscoder: join them by concat, and name no target")
+        if join == "mix" and goals and len(goals) != len(names):
+            raise BadInput(f"mix pairs sites with targets, and there are {len(names)} and {len(goals)}; name as many of each")
+        return cls(names, goals or names, join, beside)
+
+    @property
+    def transcodes(self) -> bool:
+        """Whether something other than what is read is reproduced."""
+        return self.targets != self.sites
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of what a row reproduced is made of."""
+        return (*self.targets, *(f"beside:{name}" for name in self.targets)) if self.beside else self.targets
+
+    def read(self, model: nn.Module, ids_BT: Tensor, beside: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """What flows for token ids, (x, y): [B, T, D] and [B, T, E]; of `mix` [S, B, T, D] with one entry a site. y is x for autoencoders."""
+        got = self._flows(model, ids_BT, beside)
+        join = torch.stack if self.join == "mix" else lambda parts: parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        x = join([g[name] for g in got for name in self.sites])
+        return x, (join([g[name] for g in got for name in self.targets]) if self.transcodes else x)
+
+    def _flows(self, model: nn.Module, ids_BT: Tensor, beside: nn.Module | None) -> list[dict[str, Tensor]]:
+        """What flows in each model, by site, on the first one's device."""
+        models, names = (model, *([beside] if beside is not None else [])), dict.fromkeys((*self.sites, *self.targets))
+        home = next(model.parameters()).device
+        got = [capture(m, names, input_ids=ids_BT.to(next(m.parameters()).device)) for m in models]
+        return [{name: value.to(home) for name, value in g.items()} for g in got]
+
+    def widths(self, model: nn.Module, ids_BT: Tensor, beside: nn.Module | None = None) -> tuple[list[int], list[int]]:
+        """Widths of the parts of a row read and of a row reproduced, as the model gives them; one each where sites are mixed."""
+        got = self._flows(model, ids_BT, beside)
+        read, made = ([g[name].shape[-1] for g in got for name in names] for names in (self.sites, self.targets))
+        if self.join != "mix":
+            return read, made
+        for widths, names in ((read, self.sites), (made, self.targets)):
+            if len(set(widths)) > 1:
+                raise BadInput(f"mix needs sites of one width; {names[0]} has {widths[0]} and {names[-1]} {widths[-1]}. concat takes any")
+        return read[:1], made[:1]
+
+
 class LiveStream:
     """Activations captured from a model as they are needed, shuffled within a buffer of `buffer` contexts.
 
@@ -128,24 +206,26 @@ class LiveStream:
 
     Args:
         model: in eval mode, or its dropout makes the stream another one each time it is read.
-        site: name of one stream site; `target` the site to reproduce (transcoders), default the same.
+        site: name of a stream site, or several to be joined; `target` the site or sites to reproduce (transcoders), default the same.
         windows_NT: token ids, one context a row.
         size: rows a batch.
+        join: concat or mix, see Flow. beside: a second model with the same vocabulary, whose rows at the same sites are
+            joined to the first's (model diffing).
         at_once: contexts a forward pass.
         skip: positions dropped at the start of each context (the first token's norm is far above the others').
     """
 
     def __init__(
-        self, model: nn.Module, site: str, windows_NT: Tensor, size: int, *, target: str | None = None,
-        buffer: int = 128, at_once: int = 16, seed: int = 0, skip: int = 1,
+        self, model: nn.Module, site: str | Sequence[str], windows_NT: Tensor, size: int, *, target: str | Sequence[str] | None = None,
+        join: str = "", beside: nn.Module | None = None, buffer: int = 128, at_once: int = 16, seed: int = 0, skip: int = 1,
     ) -> None:
         if windows_NT.ndim != 2 or not len(windows_NT) or windows_NT.shape[1] <= _whole("skip", skip):
             raise BadInput(f"windows have shape {list(windows_NT.shape)}; need [contexts, tokens > {skip}] with at least one context")
-        self.model, self.windows_NT, self.site = model, windows_NT, _one(model, site)
-        self.target = _one(model, target) if target else self.site
+        self.model, self.beside, self.windows_NT = model, beside, windows_NT
+        self.flow = Flow.of(model, site, target or (), join, beside is not None)
         self.size, self.seed, self.skip, self.at_once = positive("size", size), seed, skip, positive("at_once", at_once)
         self.buffer = min(positive("buffer", buffer), len(windows_NT))
-        self.rows = self.buffer * (windows_NT.shape[1] - skip)
+        self.rows = self.buffer * (windows_NT.shape[1] - skip) * (len(self.flow.sites) if join == "mix" else 1)
         """Rows of a buffer."""
         if size > self.rows:
             raise BadInput(f"a batch of {size} rows is larger than the buffer of {self.rows}; lower it or give more text")
@@ -157,10 +237,12 @@ class LiveStream:
     def made_from(self) -> dict[str, Any]:
         """See Stream. Names the model by all its tensors, as they are when this is first read."""
         if self._made_from is None:
-            held = {k: v for k, v in self.model.state_dict().items() if isinstance(v, Tensor)}
+            one, flow = not self.flow.join, self.flow
             self._made_from = {
-                "model": _digest(held), "site": self.site, "target": self.target, "tokens": _digest({"": self.windows_NT}), "buffer": self.buffer,
-                "at_once": self.at_once, "size": self.size, "seed": self.seed, "skip": self.skip,
+                "model": _weights(self.model), "site": flow.sites[0] if one else list(flow.sites),
+                "target": flow.targets[0] if one else list(flow.targets), "tokens": _digest({"": self.windows_NT}), "buffer": self.buffer,
+                "at_once": self.at_once, "size": self.size, "seed": self.seed, "skip": self.skip, **({} if one else {"join": flow.join}),
+                **({"beside": _weights(self.beside)} if self.beside is not None else {}),
             }
         return self._made_from
 
@@ -169,18 +251,17 @@ class LiveStream:
         n = len(self.windows_NT)
         epoch, part = divmod(number, n // self.buffer)
         chosen = self.windows_NT[_order(n, self.seed, epoch, 2)[part * self.buffer : (part + 1) * self.buffer]]
-        device = next(self.model.parameters()).device
-        names = list(dict.fromkeys((self.site, self.target)))
-        xs, ys = [], []
-        for ids_BT in chosen.split(self.at_once):
-            got = capture(self.model, names, input_ids=ids_BT.to(device))
-            xs.append(got[self.site][:, self.skip :].flatten(0, 1))
-            if self.target != self.site:
-                ys.append(got[self.target][:, self.skip :].flatten(0, 1))
-        x_ND = torch.cat(xs)
+        parts = [self.take(ids_BT) for ids_BT in chosen.split(self.at_once)]
+        x_ND, same = torch.cat([x for x, _ in parts]), all(y is x for x, y in parts)
         mix = _order(len(x_ND), self.seed, number, 3).to(x_ND.device)
-        x_ND = x_ND[mix]
-        return x_ND, (torch.cat(ys)[mix] if ys else x_ND)
+        mixed = x_ND[mix]
+        return mixed, (mixed if same else torch.cat([y for _, y in parts])[mix])
+
+    def take(self, ids_BT: Tensor) -> Batch:
+        """Rows of some contexts, in order: by site where sites are mixed, then by context and position."""
+        x, y = self.flow.read(self.model, ids_BT, self.beside)
+        rows = x[..., self.skip :, :].flatten(0, -2)
+        return rows, (y[..., self.skip :, :].flatten(0, -2) if self.flow.transcodes else rows)
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """See Stream."""

@@ -1,5 +1,8 @@
 """The processes that train together (torch.distributed, where it was initialised); one process is a world of its own.
 
+By default each has whole methods and a share of the rows. Within `meshed(S)` every S consecutive processes share out the
+latents of one dictionary and see the same rows, and rows are shared out over those sets.
+
 Whatever stops, saves or fails is decided on what every process knows: a process that left alone would leave the others
 waiting for it in a reduction.
 
@@ -11,6 +14,8 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,6 +37,97 @@ def first() -> bool:
 def _device() -> torch.device:
     """Where numbers that are no part of a model can be reduced."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The processes that hold one dictionary between them, and this one's place among them."""
+
+    rank: int
+    size: int
+    group: Any
+    """Of torch.distributed: these processes."""
+    others: Any
+    """Of torch.distributed: the processes with the same part of the dictionary and other rows."""
+
+    def total(self, part: Tensor) -> Tensor:
+        """Sum over the shards. Each shard takes the whole sum further alike, so each part's gradient is the sum's."""
+        return _Total.apply(part, self.group)
+
+    def gather(self, mine: Tensor) -> Tensor:
+        """[S, ...] what every shard has, on each of them; follows no gradient."""
+        held = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(held, mine.detach().contiguous(), group=self.group)
+        return torch.stack(held)
+
+    def count(self, value: int) -> int:
+        """Sum of a whole number over the shards."""
+        held = torch.tensor(value, device=_device())
+        dist.all_reduce(held, group=self.group)
+        return int(held)
+
+    def part(self, whole: Tensor) -> Tensor:
+        """This process's rows of a tensor that is shared out."""
+        return whole.chunk(self.size)[self.rank]
+
+    def whole(self, part: Tensor) -> Tensor | None:
+        """The parts of all one after another, in the first process of the shards; elsewhere None."""
+        held = [torch.empty_like(part) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(part.detach().contiguous(), held, group=self.group, group_dst=0)
+        return None if held is None else torch.cat(held)
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, part, group):  # type: ignore[no-untyped-def]
+        out = part.detach().contiguous().clone()
+        dist.all_reduce(out, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad, None
+
+
+_meshes: dict[int, Shards] = {}
+_mesh: Shards | None = None
+
+
+@contextlib.contextmanager
+def meshed(shards: int) -> Iterator[Shards | None]:
+    """Share out dictionaries over every `shards` consecutive processes for a block; None where `shards` is 1.
+
+    Raises:
+        BadInput: the processes do not divide into sets of that size.
+    """
+    global _mesh
+    rank, size = place()
+    if shards < 1 or size % shards:
+        raise BadInput(f"shards={shards} must divide the number of processes, {size}; start a multiple of {shards} of them with torchrun")
+    if shards == 1:
+        yield None
+        return
+    if shards not in _meshes:
+        sets = [list(range(first, first + shards)) for first in range(0, size, shards)]
+        groups = [dist.new_group(ranks) for ranks in sets]
+        others = [dist.new_group(list(range(at, size, shards))) for at in range(shards)]
+        _meshes[shards] = Shards(rank % shards, shards, groups[rank // shards], others[rank % shards])
+    _mesh = _meshes[shards]
+    try:
+        yield _mesh
+    finally:
+        _mesh = None
+
+
+def share() -> tuple[int, int]:
+    """(this process's share of the rows, number of shares)."""
+    rank, size = place()
+    return (rank // _mesh.size, size // _mesh.size) if _mesh else (rank, size)
+
+
+def _sharers() -> Any:
+    """The processes over which rows are shared out; None means all."""
+    return _mesh.others if _mesh else None
 
 
 def most(*values: int) -> list[int]:
@@ -91,39 +187,39 @@ def mine(rows_B: Tensor) -> Tensor:
     Raises:
         BadInput: the rows do not divide over the processes.
     """
-    rank, size = place()
+    rank, size = share()
     if len(rows_B) % size:
         raise BadInput(f"a batch of {len(rows_B)} rows does not divide over {size} processes; use a multiple of {size} rows")
     return rows_B.chunk(size)[rank]
 
 
 def copy_from_first(tensors: Iterable[Tensor]) -> None:
-    """Give every process the first one's tensors, in place."""
-    if place()[1] > 1:
+    """Give every process the tensors of the first that has the same part of a method, in place."""
+    if share()[1] > 1:
         for tensor in tensors:
-            dist.broadcast(tensor, 0)
+            dist.broadcast(tensor, _mesh.rank if _mesh else 0, group=_sharers())
 
 
 def mean_(tensors: Iterable[Tensor]) -> None:
-    """Average over processes, in place."""
-    size = place()[1]
+    """Average over the shares of the rows, in place."""
+    size = share()[1]
     if size > 1:
         for tensor in tensors:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=_sharers())
             tensor.div_(size)
 
 
 def sum_(tensor: Tensor) -> Tensor:
-    """Sum over processes, in place."""
-    if place()[1] > 1:
-        dist.all_reduce(tensor)
+    """Sum over the shares of the rows, in place."""
+    if share()[1] > 1:
+        dist.all_reduce(tensor, group=_sharers())
     return tensor
 
 
 def least_(tensor: Tensor) -> Tensor:
-    """The least over processes, elementwise, in place."""
-    if place()[1] > 1:
-        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+    """The least over the shares of the rows, elementwise, in place."""
+    if share()[1] > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=_sharers())
     return tensor
 
 
@@ -143,5 +239,6 @@ def mean_of(values: dict[str, float]) -> dict[str, float]:
             f"the processes logged different parts of a loss; here {', '.join(names)}: a method must name the same parts for every batch"
         ) from None
     held = torch.tensor([values[name] for name in names], dtype=torch.float64, device=_device())
-    mean_([held])
+    dist.all_reduce(held)
+    held /= place()[1]
     return dict(zip(names, held.tolist(), strict=True))

@@ -152,7 +152,7 @@ def test_fixtures_of_a_run_of_version_1_are_read_by_both():
     run = FIXTURES / "run"
     name, arguments, tensors = read_method(run / "methods" / "latents__topk")
     method = rarefy.load(run / "methods" / "latents__topk")
-    assert (method.name, method.arguments) == (name, arguments) and method.arguments["width"] == 5
+    assert method.name == name and arguments.items() <= method.arguments.items() and method.arguments["width"] == 5     # later ones have defaults
     assert method.state_dict().keys() == tensors.keys()
     assert all(torch.equal(v, tensors[k]) and v.dtype == tensors[k].dtype for k, v in method.state_dict().items())
     assert torch.equal(method(torch.ones(1, 3)), method.reference(torch.ones(1, 3)))

@@ -41,8 +41,53 @@ MUTATIONS = {
         "latents/topk.py", "mse_loss(e_hat_BE.to(error_BE.dtype), error_BE)",
         "mse_loss(e_hat_BE.to(error_BE.dtype).detach() + 0 * e_hat_BE.to(error_BE.dtype), error_BE)", f"{CONTRACT} -k 'topk and M3b'"),
     "one latent more": Mutation(
-        "latents/topk.py", "self.W_enc_FD, self.b_enc_F, self.k, self.centre_D)",
-        "self.W_enc_FD, self.b_enc_F, min(self.k + 1, self.width), self.centre_D)", f"{CONTRACT} -k 'latents/topk-L'"),
+        "latents/topk.py", "self.strongest(rows, self.keeps)", "self.strongest(rows, min(self.keeps + 1, self.width))",
+        f"{CONTRACT} -k 'latents/topk-L'"),
+    "signs are not looked past": Mutation(
+        "latents/abs_topk.py", "absolute = True", "absolute = False", "tests/test_latents_selections.py -k abs_topk"),
+    "a negative latent is dead": Mutation(
+        "selection.py", "on = self.weight != 0", "on = self.weight > 0", "tests/test_latents_selections.py -k negative"),
+    "screened sizes keep their sign": Mutation(
+        "kernels/sparse_encode/screen.py", "key_C[i] = abs(key_C[i])", "pass", "tests/numerics/test_signed_top_k.py"),
+    "a group gives its smallest": Mutation(
+        "kernels/sparse_encode/__init__.py", "(groups, -1)).max(-1)", "(groups, -1)).min(-1)", "tests/test_latents_selections.py -k group_max"),
+    "norms of the decoder do not rank": Mutation(
+        "latents/annealed_topk.py", "norm_G = self.W_dec_FD.detach().norm(dim=-1)", "norm_G = torch.ones_like(self.b_enc_F)",
+        "tests/test_latents_selections.py -k rescaling"),
+    "k falls too late": Mutation(
+        "latents/annealing.py", "(k - begin) * done / steps)", "(k - begin) * done / (steps + 1))", "tests/test_latents_selections.py -k line"),
+    "top-AFA stops before the target": Mutation(
+        "latents/top_afa.py", ".abs().argmin(-1) + 1", ".clamp_max(0).abs().argmin(-1) + 1", "tests/test_latents_selections.py -k afa"),
+    "gradients are not looked at": Mutation(
+        "latents/gradient_topk.py", "value=self.beta), self.k))", "value=0.0), self.k))", "tests/test_latents_selections.py -k drive"),
+    "a gradient of other rows": Mutation(
+        "gradient_stream.py", "logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:]", "logits_BTV[:, 1:].flatten(0, 1), ids_BT[:, :-1]",
+        "tests/test_latents_selections.py -k gradient_stream"),
+    "alpha is forgotten": Mutation(
+        "latents/k_sparse.py", "return round(self.alpha * self.k)", "return self.k", "tests/test_latents_selections.py -k k_sparse"),
+    "a threshold one too low": Mutation(
+        "latents/convert.py", "_between(made, rows, fire)", "_between(made, rows, fire + 1)", "tests/test_latents_selections.py -k fires"),
+    "prefixes one latent longer": Mutation(
+        "latents/matryoshka.py", "self.prefix_L, right=True", "self.prefix_L, right=False", "tests/test_latents_objectives.py -k matryoshka"),
+    "reverse weights the wrong way round": Mutation(
+        "latents/nested_topk.py", "torch.arange(n, 0, -1)", "torch.arange(1, n + 1)", "tests/test_latents_objectives.py -k nested_topk"),
+    "those that fire often are asked to help": Mutation(
+        "latents/mutual_choice.py", "rate_F < self.slack", "rate_F > self.slack", "tests/test_latents_objectives.py -k mutual_choice"),
+    "a column keeps one row more": Mutation(
+        "latents/feature_choice.py", "[:, None] < count_F[at_G]", "[:, None] <= count_F[at_G]",
+        "tests/test_latents_objectives.py -k 'columns or feature_choice'"),
+    "Zipf's rates without the cap": Mutation(
+        "latents/zipf.py", "(k - torch.arange(width)) / tail_F", "k / tail_F", "tests/test_latents_objectives.py -k zipf"),
+    "pursuit forgets that a row is taken out": Mutation(
+        "latents/matching_pursuit.py", "along_B1 * left_BD - value_B1 * grad_BD", "along_B1 * left_BD",
+        "tests/test_latents_objectives.py -k pursuit"),
+    "archetypes leave the hull": Mutation(
+        "latents/archetypal.py", ".clamp_max(1))", ".clamp(1, 1))", "tests/test_latents_objectives.py -k archetypal"),
+    "agreement is paid for": Mutation(
+        "latents/mutual_feature.py", "self.alpha * (1 - alike)", "self.alpha * alike", "tests/test_latents_objectives.py -k mutual_feature"),
+    "the price does not follow p": Mutation(
+        "latents/p_annealing.py", "torch.where(new > 0, _power(paid_BF, now) / new, 1.0)", "1.0", "tests/test_latents_objectives.py -k p_annealed"),
+    "no warm-up": Mutation("latents/penalised.py", "int(self.steps) / self.warmup)", "1.0)", "tests/test_latents_objectives.py -k warm_up"),
     "the threshold does not follow": Mutation("latents/batch_topk.py", "self.seen += 1", "self.tau.zero_()", f"{CONTRACT} -k 'batch_topk-L4'"),
     "input scale not undone": Mutation(
         "latents/dictionary.py", "return y / self.scale_out.to(y.dtype)", "return y", f"{CONTRACT} -k 'latents/topk-L2'"),
@@ -73,7 +118,8 @@ MUTATIONS = {
         "selection.py", "weight, index = scores.topk(k, dim=-1, sorted=False)", "weight, index = scores.topk(max(1, k - 1), dim=-1, sorted=False)",
         "tests/test_selection.py -k top_k"),
     "the encoder keeps one less": Mutation(
-        "kernels/sparse_encode/__init__.py", "(*_screened(x, w, b, k, coarse), None)", "(*_screened(x, w, b, k - 1 or 1, coarse), None)",
+        "kernels/sparse_encode/__init__.py", "(*_screened(x, w, b, k, coarse, absolute), None)",
+        "(*_screened(x, w, b, k - 1 or 1, coarse, absolute), None)",
         "tests/numerics/test_sparse_decode.py -k encode"),
     "the encoder learns nothing": Mutation(
         "kernels/sparse_encode/__init__.py", "scatter_rows(grad_M, ctx.routes, x_ND) if needs[2] else None", "None",
@@ -173,7 +219,17 @@ MUTATIONS = {
     "a lost step is not undone": Mutation(
         "fit.py", "                learner.undo()\n", "                pass\n", "tests/test_fit.py -k before_any_has_moved"),
     "a NaN gradient passes": Mutation("learner.py", "if not math.isfinite(self._norm):", "if False:", "tests/test_fit.py -k before_any_has_moved"),
-    "infinite weights are saved": Mutation("learner.py", "if not bool(torch.isfinite(p).all()):", "if False:", "tests/test_fit.py -k never_saved"),
+    "infinite weights are saved": Mutation(
+        "learner.py", 'if not bool(torch.isfinite(tensors[f"{self.name}/method/{name}"]).all()):', "if False:", "tests/test_fit.py -k never_saved"),
+    "every shard's candidate is kept": Mutation(
+        "latents/sharded.py", "return torch.where(ours, weight_BK, weight_BK.new_zeros(())), unit_BK", "return weight_BK, unit_BK",
+        "tests/test_fit_sharded.py -k as_one"),
+    "b_dec learns from one shard": Mutation(
+        "learner.py", "p.grad = self.shards.total(p.grad)", "pass", "tests/test_fit_sharded.py -k as_one"),
+    "a run of discs turns without an end": Mutation(
+        "tasks/othello.py", "((end_N == 1) & (length_N < size - 1))", "(length_N < size)", "tests/test_tasks_othello.py -k 'rules and 4'"),
+    "latents vote whatever their precision": Mutation(
+        "tasks/board_state.py", "(true_HGC >= PRECISE * fired_HG[..., None]) & ", "", "tests/test_tasks_othello.py -k reconstruction"),
     "moments are not taken up": Mutation(
         "learner.py", "            self.optimiser.state[p][k] = tensors[key].to(p.device, copy=True)", "            pass",
         "tests/test_fit.py -k same_bits"),
@@ -192,5 +248,156 @@ MUTATIONS = {
         "fit.py", "            done[name] = plan[name]\n", "            pass\n", "tests/test_calibrate.py -k fitted_layers_before"),
     "padding is shown": Mutation(
         "fit.py", "mask.bool() if mask is not None and mask.ndim == 2 else None", "None", "tests/test_calibrate.py -k padding"),
-    "the model of a stream is not named": Mutation("streams.py", '"model": _digest(held), ', "", "tests/test_fit.py -k another_model"),
+    "a child comes without its parent": Mutation(
+        "tasks/planted_kinds.py", "child = (on_NP & some_NP)[..., None]", "child = some_NP[..., None]",
+        "tests/test_tasks_latents.py -k with_its_parent"),
+    "a latent is shared by decoder alone": Mutation(
+        "tasks/stability.py", "there_G & (match_G == same_G) & ", "there_G & ", "tests/test_tasks_latents.py -k both_matches"),
+    "the error's norm is not squared": Mutation(
+        "tasks/dark_matter.py", "square_N1 = error_ND.pow(2).sum(1, keepdim=True)", "square_N1 = error_ND.abs().sum(1, keepdim=True)",
+        "tests/test_tasks_latents.py -k no_linear_map_sees"),
+    "being off costs no bits": Mutation(
+        "tasks/description.py", "share = torch.cat([count, off_G]) / codes.rows", "share = count / codes.rows",
+        "tests/test_tasks_latents_description.py -k counting"),
+    "bins may be too coarse": Mutation(
+        "tasks/description.py", "- before <= allowed", "- before <= 2 * allowed", "tests/test_tasks_latents_description.py -k coarsest"),
+    "a silent parent is absorbed by nobody": Mutation(
+        "tasks/planted_absorption.py", "(silent_R & instead_R).float()", "silent_R.float()", "tests/test_tasks_latents.py -k folded"),
+    "a threshold is judged where it was chosen": Mutation(
+        "tasks/recovered.py", "f1(value_NC[1::2] > tau_C, on_NF[1::2, at])", "f1(value_NC[::2] > tau_C, on_NF[::2, at])",
+        "tests/test_tasks_latents.py -k other_half"),
+    "dead latents are duplicates": Mutation(
+        "tasks/geometry.py", "nearest_other(learned.decoder[alive_G])", "nearest_other(learned.decoder)",
+        "tests/test_tasks_latents.py -k dead_dense"),
+    "columns keep no price": Mutation(
+        "tasks/assignment.py", "v[j] -= reached - shortest[j]", "pass", "tests/test_tasks_latents.py -k ways_of_assigning"),
+    "a suite forgets the lines it has": Mutation(
+        "jobs/suite.py", "if card.name not in self.known]", "if card.name]", "tests/test_tasks_latents_suite.py -k lines_there_are_kept"),
+    "each seed is compared with itself": Mutation(
+        "jobs/suite_measures.py", "for j in range(count) if j != i) / (count - 1)", "for j in range(count) if j != i) / count",
+        "tests/test_tasks_latents_suite.py -k averaged"),
+    "the model of a stream is not named": Mutation("streams.py", '"model": _weights(self.model), ', "", "tests/test_fit.py -k another_model"),
+    "the pseudo-residual points uphill": Mutation(
+        "latents/end_to_end.py", "residual_NE = -(y_hat_NE.numel() / 2)", "residual_NE = (y_hat_NE.numel() / 2)",
+        "tests/test_latents_in_model.py -k gradient_is_that_through"),
+    "end-to-end KL is taken the other way round": Mutation(
+        "latents/end_to_end.py", "kl_div(log_q, log_p,", "kl_div(log_p, log_q,", "tests/test_latents_in_model.py -k gradient_is_that_through"),
+    "what is trained is not what is told of": Mutation(
+        "latents/end_to_end.py", "if mse is None or not torch.allclose(mse, expected, rtol=1e-3, atol=1e-6):", "if mse is None:",
+        "tests/test_latents_in_model.py -k makes_no_sense"),
+    "a head reads in other units": Mutation(
+        "latents/head_attribution.py", "value_MHSC, reads_MHC) * like", "value_MHSC, reads_MHC)", "tests/test_latents_in_model.py -k sum_to_the_pre"),
+    "formation without its baseline": Mutation(
+        "latents/track.py", " - _pairs(unit_ND.sum(0), torch.tensor(len(x_ND)))", "", "tests/test_latents_in_model.py -k formation"),
+    "dictionaries begun before are initialised again": Mutation(
+        "fit.py", "if learner.name not in begun:", "if True:", "tests/test_latents_in_model.py -k not_initialised_again"),
+    "b_dec is folded into the encoder the wrong way round": Mutation(
+        "formats/plain.py", "shift_F if centred else -shift_F, centred)", "-shift_F if centred else shift_F, centred)",
+        "tests/formats/test_formats_read.py -k same_output"),
+    "a threshold is written in scaled units": Mutation(
+        "formats/plain.py", 'parts["theta"] = over(own.tau)', 'parts["theta"] = own.tau', "tests/formats/test_formats_write.py -k round_trip"),
+    "a pickle may name anything": Mutation(
+        "formats/torch_zip.py", "if argument not in (_DICT, _REBUILD, _PARAMETER, *_STORAGES):", "if False:",
+        "tests/formats/test_formats_hostile.py -k whole_module"),
+    "a tensor may repeat its bytes without end": Mutation(
+        "formats/torch_zip.py", "or math.prod(shape) > len(flat) or", "or",
+        "tests/formats/test_formats_hostile.py -k bytes_do_not_hold"),
+    "units are settled in one place of two": Mutation(
+        "formats/units.py", '("b_enc_F", "b_dec_D", "b_mag_F", "tau")', '("b_dec_D", "b_mag_F", "tau")', "tests/cli/test_cli_exchange.py -k settled"),
+    "the skip connection is left out of the loss": Mutation(
+        "latents/dictionary.py", "rest = y - self.skipped(x)", "rest = y - 0 * self.skipped(x)", "tests/test_latents_objects.py -k papers_formula"),
+    "the loudest site sets the scale of all": Mutation(
+        "latents/dictionary.py", "zip(spread, parts, strict=True)])", "zip([min(spread)] * len(parts), parts, strict=True)])",
+        "tests/test_latents_objects.py -k sum_over_sites"),
+    "mixed rows lose their targets": Mutation(
+        "streams.py", "else torch.cat([y for _, y in parts])[mix])", "else torch.cat([y for _, y in parts]))",
+        "tests/test_latents_objects.py -k mixed_rows"),
+    "a crosscoder reads the model that it disturbs": Mutation(
+        "jobs/judge_joined.py", "return y_BTE if self._reading else torch.cat", "return torch.cat", "tests/test_latents_objects.py -k clean_pass"),
+    "tokens weigh alike in the variance over layers": Mutation(
+        "latents/layers.py", "moment_P.square() / total_P.clamp_min(1e-300)", "(moment_P / total_P.clamp_min(1e-300)).square()",
+        "tests/test_latents_objects.py -k variance_over"),
+    "far layers are grouped": Mutation(
+        "latents/groups.py", "at = apart.index(min(apart))", "at = apart.index(max(apart))", "tests/test_latents_objects.py -k scipys"),
+    "a layer's latents write only there": Mutation(
+        "latents/cross_layer.py", "here_M = routes.unit_M < len(table)", "here_M = routes.unit_M // self.each == layer",
+        "tests/test_latents_objects.py -k cross_layer_loss"),
+    "all layers read the first": Mutation(
+        "latents/cross_layer.py", "x_SBD = self._by_layer(scaled.reshape(-1, self.d_in)).transpose(0, 1)",
+        "x_SBD = self._by_layer(scaled.reshape(-1, self.d_in)).transpose(0, 1)[:1].expand(self.layers, -1, -1)",
+        "tests/test_latents_objects.py -k cross_layer_loss"),
+    "the second model is the first": Mutation(
+        "streams.py", "(model, *([beside] if beside is not None else []))", "(model, *([model] if beside is not None else []))",
+        "tests/test_latents_objects.py -k two_models"),
+    "frequent classes weigh more": Mutation(
+        "tasks/logistic.py", "torch.where(y_NC, 0.5 / yes_C, 0.5 / (len(y_NC) - yes_C))", "torch.where(y_NC, 1 / len(y_NC), 1 / len(y_NC))",
+        "tests/test_tasks_concepts_probes.py -k weigh"),
+    "the penalty is doubled": Mutation(
+        "tasks/logistic.py", "l2 / 2 * w_PC.pow(2)", "l2 * w_PC.pow(2)", "tests/test_tasks_concepts_probes.py -k gradient"),
+    "probes are judged where they were fitted": Mutation(
+        "tasks/probing.py", "return _judged(probes.logits(x_ND[judge_R]), y_NC[judge_R], doc_N[judge_R], none)",
+        "return _judged(probes.logits(x_ND[fit_R]), y_NC[fit_R], doc_N[fit_R], none)", "tests/test_tasks_concepts_probes.py -k other_side"),
+    "one silent main latent is enough": Mutation(
+        "tasks/absorption.py", "<= 0).all(1)]", "<= 0).any(1)]", "tests/test_tasks_concepts_probes.py -k splitting"),
+    "absorption needs no margin": Mutation(
+        "tasks/absorption.py", "second_R >= margin)", "second_R >= 0)", "tests/test_tasks_concepts_probes.py -k margin"),
+    "ablated to nothing, not to the mean": Mutation(
+        "tasks/removal.py", "(lens.codes.columns(latent_L) - mean_L) @", "lens.codes.columns(latent_L) @",
+        "tests/test_tasks_concepts_probes.py -k taking_latents"),
+    "the cause is that nothing changed": Mutation(
+        "tasks/disentangle.py", "cause_P = (part.argmax(1) == attribute.value_N[source_P])",
+        "cause_P = (part.argmax(1) == attribute.value_N[base_P])", "tests/test_tasks_concepts_rows.py -k half"),
+    "silence agrees with silence": Mutation(
+        "tasks/senses.py", "(latent_P == other_P) & (latent_P >= 0)", "(latent_P == other_P)", "tests/test_tasks_concepts_rows.py -k confusion"),
+    "forgetting spares nothing": Mutation(
+        "tasks/unlearning.py", "(keep_F <= rare) & (forget_F", "(forget_F", "tests/test_tasks_concepts_rows.py -k forget"),
+    "a line break ends a name": Mutation(
+        "tasks/python_rows.py", "last >= bare and last in ends", "last in ends", "tests/test_tasks_concepts_rows.py -k letters_words"),
+    "seeds have no spread": Mutation(
+        "jobs/latent_verdict.py", "sum(means) / len(means), min(means), max(means)", "sum(means) / len(means), *[sum(means) / len(means)] * 2",
+        "tests/cli/test_cli_latent_suite.py -k seeds_become"),
+    "a negative code is dropped": Mutation(
+        "jobs/latent_bench.py", "latent_M + width * (value_M < 0), value_M.abs(), 2 * width", "latent_M, value_M.clamp_min(0), 2 * width",
+        "tests/cli/test_cli_latent_suite.py -k both_signs"),
+    "lasso codes shrink twice": Mutation(
+        "latents/coding/penalty.py", "(size - step * weight).clamp_min(0)", "(size - 2 * step * weight).clamp_min(0)",
+        "tests/test_coding_penalty.py -k 'soft and grid'"),
+    "half thresholds too early": Mutation(
+        "latents/coding/penalty.py", "size > 1.5 * w ** (2 / 3)", "size > 1.2 * w ** (2 / 3)", "tests/test_coding_penalty.py -k 'half and grid'"),
+    "settled codes are not checked": Mutation(
+        "latents/coding/support.py", "done_C = found_C & ~over_CF.any(-1)", "done_C = found_C",
+        "tests/test_coding_solvers.py -k settl"),
+    "codes have the derivative of least squares": Mutation(
+        "latents/coding/support.py", "held = torch.where(live_CK, penalty.bend(size_CK, weight), held)", "held = held + 0.1",
+        f"{CONTRACT} -k 'sparse_coding and M3'"),
+    "the gap is not a bound": Mutation(
+        "latents/coding/ista.py", "return (primal_B - dual_B) / (x", "return (primal_B - dual_B) / 10 / (x", "tests/test_coding_solvers.py -k gap"),
+    "coordinates forget their length": Mutation(
+        "latents/coding/coordinate.py", "1.0, weight, positive) / square", "1.0, weight, positive)", "tests/test_coding_solvers.py -k scikit"),
+    "pursuit does not divide by length": Mutation(
+        "latents/coding/pursuit.py", "c_BF = (r_BD @ atoms_FD.T) / length_F", "c_BF = r_BD @ atoms_FD.T", "tests/test_coding_solvers.py -k pursuit"),
+    "OMP takes one atom more": Mutation(
+        "latents/coding/omp.py", "pursuit(x_BD, atoms_FD, self.k, by", "pursuit(x_BD, atoms_FD, min(self.k + 1, *atoms_FD.shape), by",
+        f"{CONTRACT} -k 'latents/omp and L4'"),
+    "resolving keeps the decoder's lengths": Mutation(
+        "latents/coding/resolve.py", "decoder / decoder.norm(dim=-1, keepdim=True).clamp_min(1e-8)", "decoder",
+        "tests/test_coding_solvers.py -k resolving"),
+    "MSSA's way back is another": Mutation(
+        "latents/coding/crate.py", "weight_BKTT @ v_BKTP, self.basis_KDP", "weight_BKTT @ v_BKTP, self.basis_KDP.roll(1, 0)",
+        "tests/test_coding_crate.py -k loop"),
+    "the rate forgets the width": Mutation(
+        "latents/coding/crate.py", "width / (tokens * epsilon**2)", "1 / (tokens * epsilon**2)", "tests/test_coding_crate.py -k rate"),
+    "the graph does not hold rows together": Mutation(
+        "latents/coding/nmf.py", "sparsity + smoothness * degree_N1 * codes_NF", "sparsity", "tests/test_coding_nmf.py -k 'never_rises'"),
+    "stripes lie across": Mutation(
+        "latents/coding/gabor.py", "(90 - torch.rad2deg(theta)) % 180", "torch.rad2deg(theta) % 180", "tests/test_coding_pictures.py -k stripes"),
+    "whitening leaves the corners": Mutation(
+        "latents/coding/patches.py", "f * torch.exp(-((f / CUT_OFF) ** 4))", "f", "tests/test_coding_pictures.py -k whitening"),
+    "samples follow the square": Mutation(
+        "latents/coding/source_selection.py", "exact = spare * score / score.sum()", "exact = spare * score**2 / (score**2).sum()",
+        "tests/test_coding_sources_and_cca.py -k shares"),
+    "CCA leaves the box": Mutation(
+        "latents/coding/cca.py", "new.clamp(-1, 1))", "new)", "tests/test_coding_sources_and_cca.py -k optimality"),
+    "kernels are not flipped": Mutation(
+        "latents/coding/convolutional.py", "kernels_KSS.flip(1, 2)[None]", "kernels_KSS[None]", "tests/test_coding_convolutional.py -k operator"),
 }

@@ -53,3 +53,18 @@ def test_encode_equals_dense_product_and_topk(n: int, k: int, f: int, d: int) ->
     want = torch.autograd.grad((dense_NF.gather(1, index_NK) * weight_NK).sum(), (x, w, b))
     for a, c in zip(got, want, strict=True):
         torch.testing.assert_close(a, c)
+
+
+def test_where_products_do_not_fit_they_are_formed_a_piece_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rarefy.kernels import sparse_encode
+
+    torch.manual_seed(3)
+    x, w, b = torch.randn(50, 9), torch.randn(31, 9), torch.randn(31)
+    want, units = encode_top_k(x, w, b, 4)
+    seen = []
+    monkeypatch.setattr(sparse_encode, "BYTES_AT_ONCE", 4 * 31 * 7)
+    monkeypatch.setattr(sparse_encode, "linear", lambda x, w, b: (seen.append(len(x)), linear(x, w, b))[1])
+    got, again = encode_top_k(x, w, b, 4)
+    assert seen == [7] * 7 + [1]
+    torch.testing.assert_close(got.sort().values, want.sort().values)
+    assert torch.equal(again.sort().values, units.sort().values)

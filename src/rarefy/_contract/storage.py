@@ -62,14 +62,22 @@ def refuses_others(case: Case) -> None:
                 held = dict(other.named_parameters()) | dict(other.named_buffers())
                 wider = torch.cat((held[key].detach(), held[key].detach()[:1]))
                 _drop(other, key)
-                other.register_buffer(key, wider)
+                home, leaf = _home(other, key)
+                home.register_buffer(leaf, wider)
                 _saved_then_refused(other, folder, key, f"another width of {key}")
         same_state(state_of(method), state_of(case.ready()), "the method that was saved")
 
 
+def _home(method: Sparse, key: str) -> tuple[torch.nn.Module, str]:
+    """The part of the method that holds a tensor, and its name there."""
+    path, _, leaf = key.rpartition(".")
+    return method.get_submodule(path), leaf
+
+
 def _drop(method: Sparse, key: str) -> None:
-    method._parameters.pop(key, None)
-    method._buffers.pop(key, None)
+    home, leaf = _home(method, key)
+    home._parameters.pop(leaf, None)
+    home._buffers.pop(leaf, None)
 
 
 def _saved_then_refused(method: Sparse, folder: Path, word: str, what: str) -> None:

@@ -10,6 +10,7 @@ from ..errors import BadInput
 
 _FOLDER = Path(__file__).parent / "model_files"
 _RECALL = Path(__file__).parent / "recall_files"
+_OTHELLO = Path(__file__).parent / "othello_files"
 
 
 def builtin_folder() -> Path:
@@ -19,18 +20,28 @@ def builtin_folder() -> Path:
     return _FOLDER
 
 
-def recall_model() -> Any:
-    """The two-layer model of tasks/recall.py, trained by scripts/train_recall.py; float32, for evaluation."""
+def _shipped(folder: Path, name: str) -> Any:
+    """A small Llama that was trained by scripts/train_NAME.py; float32, for evaluation."""
     import torch
     from safetensors.torch import load_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    if not (_RECALL / "model.safetensors").exists():
-        raise BadInput("the recall model is missing from this installation; reinstall rarefy, or make it with scripts/train_recall.py")
+    if not (folder / "model.safetensors").exists():
+        raise BadInput(f"the {name} model is missing from this installation; reinstall rarefy, or make it with scripts/train_{name}.py")
     with torch.random.fork_rng(devices=[]):                    # drawing the weights that are about to be replaced
-        model = LlamaForCausalLM(LlamaConfig.from_pretrained(_RECALL, local_files_only=True))
-    model.load_state_dict(load_file(_RECALL / "model.safetensors"))
+        model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder, local_files_only=True))
+    model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval()
+
+
+def recall_model() -> Any:
+    """The two-layer model of tasks/recall.py."""
+    return _shipped(_RECALL, "recall")
+
+
+def othello_model() -> Any:
+    """The four-layer model of tasks/othello.py."""
+    return _shipped(_OTHELLO, "othello")
 
 
 def card() -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import nn
 from ..catalogue import Entry, entry
 from ..errors import BadInput, RarefyError, Unsupported
 from ..families import config_of
+from ..latents.dictionary import Widths
 from ..method import Sparse
 from ..site import Site, sites
 
@@ -90,8 +91,8 @@ def _own(card: Entry, settings: Mapping[str, Any]) -> dict[str, Any]:
     return dict(settings)
 
 
-def dictionary(card: Entry, d: int, *, width: int, k: int, seed: int, settings: Mapping[str, Any], d_out: int = 0) -> Sparse:
-    """A dictionary of `width` latents for rows of d; with d_out, a transcoder to rows of that width."""
+def dictionary(card: Entry, d: Widths, *, width: int, k: int, seed: int, settings: Mapping[str, Any], d_out: Widths = 0) -> Sparse:
+    """A dictionary of `width` latents for rows of d, or of several sites' widths; with d_out, a transcoder to rows of that width."""
     there = _arguments(card)
     if fixes_k(card) and width < k:
         raise BadInput(f"width={width} is smaller than k={k}: a token cannot activate more latents than there are")

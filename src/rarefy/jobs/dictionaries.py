@@ -18,6 +18,7 @@ from ..latents.dictionary import Dictionary
 from ..method import Sparse
 from ..places import known_sites
 from ..site import capture
+from ..streams import Flow
 
 SKIP = 1
 """Positions left out at the start of each window: the first token's activation has its own, far larger norm."""
@@ -61,19 +62,22 @@ class Ablations:
     mean: float
 
 
-def ablate(judge: Judge, site: str) -> Ablations:
-    """Zero and mean ablation of the same positions that a dictionary replaces."""
-    total, rows = torch.zeros(()), 0
+def ablate(judge: Judge, *names: str) -> Ablations:
+    """Zero and mean ablation of the same positions that a dictionary replaces, at all the sites named."""
+    total: dict[str, Tensor] = dict.fromkeys(names, torch.zeros(()))
+    rows = 0
     for batch in judge.batches:
-        x_ND = capture(judge.model, [site], input_ids=batch.input_ids)[site][rows_of(batch)]
-        total, rows = total + x_ND.double().sum(0), rows + len(x_ND)
-    mean_D = (total / rows).float()
+        got, keep = capture(judge.model, names, input_ids=batch.input_ids), rows_of(batch)
+        total, rows = {name: total[name] + got[name][keep].double().sum(0) for name in names}, rows + int(keep.sum())
 
-    def put(value_D: Tensor) -> float:
-        plan = {site: lambda x: torch.cat([x[:, :SKIP], value_D.to(x).expand_as(x[:, SKIP:])], 1)}
+    def put(share: float) -> float:
+        def instead(value_D: Tensor) -> Callable[[Tensor], Tensor]:
+            return lambda x: torch.cat([x[:, :SKIP], value_D.to(x).expand_as(x[:, SKIP:])], 1)
+
+        plan = {name: instead((total[name] / rows * share).float()) for name in names}
         return judge.measure(plan, method="ablation", unit="latent").metrics["ce_increase"].mean
 
-    return Ablations(put(torch.zeros_like(mean_D)), put(mean_D))
+    return Ablations(put(0.0), put(1.0))
 
 
 @torch.no_grad()
@@ -97,7 +101,12 @@ def judge_dictionary(
             stats.add(y, method(x), latent_M, torch.bincount(row_M, minlength=len(x)), doc)
     assert stats is not None
     spliced = judge.measure(Spliced(method, site, target).plan(), method=name or method.name, unit="latent", role=role)
-    l0 = stats.l0()
+    return pointed(method, stats, spliced, ablations, note)
+
+
+def pointed(method: Sparse, stats: Reconstruction, spliced: Point, ablations: Ablations, note: str = "") -> Point:
+    """The spliced model's point with what is known of the reconstruction."""
+    l0, width = stats.l0(), int(method.arguments["width"])
     increase = spliced.metrics["ce_increase"]
 
     def recovered(worst: float) -> Interval:
@@ -110,7 +119,7 @@ def judge_dictionary(
     }
     cost = method.cost(l0.mean / width)
     return Point(
-        name or method.name, "latent", role, method.budget, l0.mean / width, metrics,
+        spliced.method, "latent", spliced.role, method.budget, l0.mean / width, metrics,
         {"flops": cost.flops, "bytes": cost.bytes}, note,
     )
 
@@ -122,19 +131,15 @@ def _exact(value: float) -> Interval:
 def active(method: Sparse, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(latent, value, row), each [M]: the latents that fire on rows, in index form."""
     selection = method.select(x_ND)
-    if selection.index is not None:
-        on_NK = selection.weight > 0
-        row_M, at_M = on_NK.nonzero(as_tuple=True)
-        return selection.index[row_M, at_M], selection.weight[row_M, at_M], row_M
-    row_M, latent_M = (selection.mask & (selection.weight > 0)).nonzero(as_tuple=True)
-    return latent_M, selection.weight[row_M, latent_M], row_M
+    row_M, at_M = selection.on.nonzero(as_tuple=True)
+    return at_M if selection.index is None else selection.index[row_M, at_M], selection.weight[row_M, at_M], row_M
 
 
 class TopContexts:
-    """The K strongest tokens of each latent, kept while text streams by."""
+    """The K strongest tokens of each latent, of either sign, kept while text streams by."""
 
     def __init__(self, width: int, keep: int = 6) -> None:
-        self.value_FK = torch.full((width, keep), -1.0)
+        self.value_FK = torch.zeros(width, keep)
         self.at_FK = torch.full((width, keep), -1, dtype=torch.long)
         self.count_F = torch.zeros(width, dtype=torch.long)
         self.rows = 0
@@ -144,11 +149,11 @@ class TopContexts:
         width, keep = self.value_FK.shape
         self.rows += rows
         self.count_F += torch.bincount(latent_M, minlength=width)
-        # Merge with what is kept: sort by latent, then by falling value, and take the first K of each latent.
+        # Merge with what is kept: sort by latent, then by falling size, and take the first K of each latent.
         latent = torch.cat([latent_M, torch.arange(width).repeat_interleave(keep)])
         value = torch.cat([value_M.float(), self.value_FK.flatten()])
         at = torch.cat([at_M, self.at_FK.flatten()])
-        order = value.argsort(dim=-1, descending=True, stable=True)
+        order = value.abs().argsort(dim=-1, descending=True, stable=True)
         order = order[latent[order].argsort(dim=-1, stable=True)]
         latent, value, at = latent[order], value[order], at[order]
         start_F = torch.searchsorted(latent, torch.arange(width))
@@ -169,11 +174,13 @@ class Reading(Protocol):
 @torch.no_grad()
 def describe(
     reading: Reading, site: str, method: Dictionary, tokenizer: Any, *, target: str = "", labels: list[Any] | None = None,
-    sides: list[Tensor] | None = None, doc_names: list[str] | None = None, around: int = 14, keep: int = 6,
+    sides: list[Tensor] | None = None, doc_names: list[str] | None = None, around: int = 14, keep: int = 6, flow: Flow | None = None,
+    beside: nn.Module | None = None,
 ) -> dict[str, Any]:
     """What a report says of each latent: density, histogram, logits, top contexts, best concept.
 
     Args:
+        flow: what the dictionary reads, where that is a row of several sites; logits are then of the last one's part.
         labels: per batch, {concept: [B, T] bool}; `sides` per batch, [B, T] of 0 (choose on) and 1 (report on).
     """
     width = int(method.arguments["width"])
@@ -183,7 +190,10 @@ def describe(
     offset = 0
     for i, batch in enumerate(reading.batches):
         keep_BT = rows_of(batch)
-        x_ND = capture(reading.model, [site], input_ids=batch.input_ids)[site][keep_BT]
+        if flow is None:
+            x_ND = capture(reading.model, [site], input_ids=batch.input_ids)[site][keep_BT]
+        else:
+            x_ND = flow.read(reading.model, batch.input_ids, beside)[0][keep_BT]
         at_N = keep_BT.flatten().nonzero()[:, 0] + offset
         latent_M, value_M, row_M = active(method, x_ND)
         top.add(latent_M, value_M, at_N[row_M], len(x_ND))
@@ -194,11 +204,13 @@ def describe(
     context = reading.batches[0].input_ids.shape[1]
     doc_L = torch.cat([b.doc.flatten() for b in reading.batches])
     at_M, latent_M, value_M = (torch.cat(parts).long() if i < 2 else torch.cat(parts).float() for i, parts in enumerate(zip(*acts, strict=True)))
+    last = len(flow.targets) - 1 if flow else 0
+    logits = _logits(reading.model, flow.targets[last] if flow else target or site, method.decoder_rows(last))
     kept = _Kept(ids_L, doc_L, doc_names, context, latent_M * len(ids_L) + at_M, value_M)
     return {
         **_table(top, scores), "site": site, "method": method.name, "width": width,
         "tokens": [tokenizer.decode([i]) for i in range(len(tokenizer))],
-        "top": _tops(top, kept, around, _histograms(top, latent_M, value_M), _logits(reading.model, target or site, method)),
+        "top": _tops(top, kept, around, _histograms(top, latent_M, value_M), logits),
     }
 
 
@@ -216,7 +228,7 @@ def _observe(
 
 def _table(top: TopContexts, scores: Any) -> dict[str, Any]:
     density = (top.count_F / max(1, top.rows)).tolist()
-    table: dict[str, Any] = {"density": [round(d, 6) for d in density], "max": [round(v, 3) for v in top.value_FK[:, 0].clamp_min(0).tolist()]}
+    table: dict[str, Any] = {"density": [round(d, 6) for d in density], "max": [round(v, 3) for v in top.value_FK[:, 0].abs().tolist()]}
     names: list[str] = []
     if scores is not None:
         best = scores.best()
@@ -229,19 +241,19 @@ WRITES_STREAM = (".resid_pre", ".resid_mid", ".resid_post", ".attn.out", ".mlp.o
 """Ends of the names of sites whose value is, or is added to, the residual stream that the unembedding reads."""
 
 
-def _logits(model: Any, target: str, method: Dictionary, most: int = 8) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+def _logits(model: Any, target: str, rows_FE: Tensor, most: int = 8) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """Tokens that each latent's decoder row raises and lowers most, through the final norm's gain and the unembedding.
 
     None where the rows do not lie in the stream that is unembedded.
     """
     head = getattr(model.get_output_embeddings(), "weight", None)
-    if not target.endswith(WRITES_STREAM) or head is None or head.shape[1] != method.W_dec_FD.shape[1]:
+    if not target.endswith(WRITES_STREAM) or head is None or head.shape[1] != rows_FE.shape[1]:
         return None
     norm = known_sites(model).get("final_norm")
     gain = getattr(model.get_submodule(norm.module_path), "weight", None) if norm else None
     gain = torch.ones(head.shape[1]) if gain is None else gain
     up_v, up_i, down_v, down_i = [], [], [], []
-    for rows in method.W_dec_FD.detach().float().split(1024):
+    for rows in rows_FE.detach().float().split(1024):
         logits_FV = (rows * gain.float()) @ head.float().T
         logits_FV = logits_FV - logits_FV.mean(-1, keepdim=True)
         v, i = logits_FV.topk(most)
@@ -257,10 +269,10 @@ HIST_BINS = 20
 
 
 def _histograms(top: TopContexts, latent_M: Tensor, value_M: Tensor) -> Tensor:
-    """[F, 20] counts of each latent's activations in equal bins from 0 to its strongest."""
+    """[F, 20] counts of each latent's activations, whatever their sign, in equal bins from 0 to its strongest."""
     width = len(top.value_FK)
-    most_F = top.value_FK[:, 0].clamp_min(1e-9)
-    bin_M = (value_M / most_F[latent_M] * HIST_BINS).long().clamp(0, HIST_BINS - 1)
+    most_F = top.value_FK[:, 0].abs().clamp_min(1e-9)
+    bin_M = (value_M.abs() / most_F[latent_M] * HIST_BINS).long().clamp(0, HIST_BINS - 1)
     return torch.bincount(latent_M * HIST_BINS + bin_M, minlength=width * HIST_BINS).view(width, HIST_BINS)
 
 
@@ -304,11 +316,11 @@ def _tops(top: TopContexts, kept: _Kept, before: int, hist_FH: Tensor, logits: A
     """Per latent what the page shows of it; None for latents that never fired."""
     out: list[Any] = []
     for f, (ats, values) in enumerate(zip(top.at_FK.tolist(), top.value_FK.tolist(), strict=True)):
-        if values[0] <= 0:
+        if not values[0]:
             out.append(None)
             continue
         out.append({
-            "contexts": [kept.around(f, at, before) for at, v in zip(ats, values, strict=True) if v > 0],
+            "contexts": [kept.around(f, at, before) for at, v in zip(ats, values, strict=True) if v],
             "hist": hist_FH[f].tolist(), **_raised(logits, f),
         })
     return out

@@ -16,7 +16,7 @@ import typer
 
 from ..errors import Halted, RarefyError, printable
 
-GOES_ON = ("demo", "fit", "sweep")
+GOES_ON = ("demo", "fit", "sweep", "track")
 """Commands that take up what an interrupted run of the same command left."""
 _CLICK_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
 """ClickException, wherever this version of typer has it from."""

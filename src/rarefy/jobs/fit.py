@@ -6,7 +6,7 @@ Shape letters: N = contexts or rows, T = tokens of a context, D = width.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -17,19 +17,22 @@ from ..builtin.corpus import Text
 from ..catalogue import Entry
 from ..errors import BadInput, Damaged
 from ..fit import Recipe, calibrate, train
+from ..formats import layout_of
+from ..gradient_stream import GradientStream
 from ..method import Sparse, positive
-from ..places import known_sites, sites
 from ..selection import kept
-from ..site import capture
 from ..store.layout import CLOSED, store_name
 from ..store.lines import read_lines
 from ..store.methods import load, save
 from ..store.shards import ActivationStore
 from ..store.writer import ActivationWriter
-from ..streams import LiveStream, StoreStream, Stream, windows
+from ..streams import Flow, LiveStream, StoreStream, Stream, windows
 from .build import check_budget, check_names, check_settings, dictionary, fixes_k, make_plan, places, settings_for
+from .flows import check_gradients, check_joined, flow_of, open_beside, plain, reads_gradients
 from .folder import refuse_early, run_folder
+from .foreign import check_foreign, settle_all, take_up_foreign
 from .models import Opened, check_context, cut_text, digest, opened, probe, read_documents
+from .objective import check_objective, check_plain, in_model, take_up, window_stream
 from .screen import Screen
 
 ACTIVATIONS = "activations"
@@ -59,7 +62,14 @@ class FitRequest:
     tokens: int = 400_000
     seed: int = 0
     target: str = ""
+    join: str = ""
+    beside: str = ""
+    """A second model, read at the same sites."""
     store: bool = False
+    objective: str = "local"
+    downstream: float | None = None
+    """None: 1.0, where the objective has it."""
+    resume_from: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
@@ -91,17 +101,17 @@ class FitRequest:
             check_budget(self.budget)
             if len(cards) > 1:
                 raise BadInput("calibrate one method a run; `rarefy sweep` compares several")
-            for name in ("target", "store"):
+            for name in ("target", "store", "join", "beside"):
                 if getattr(self, name):
                     raise BadInput(f"--{name} is for dictionaries, and {cards[0].name} selects {cards[0].unit}s; leave it out")
+            check_plain(self, cards[0].unit, cards[0].name)
             return cards
         self.recipe().check()
         positive("batch", self.batch)
         self._fix_k(cards)
-        if self.target and self.store:
-            raise BadInput("--store keeps one site's activations; a transcoder (--target) is trained on the fly: leave --store out")
-        for card in cards:                                  # with a width of 1, for the constructor's own checks
-            dictionary(card, 1, width=self.width, k=self.k or 1, seed=0, settings=settings_for(card, self.settings), d_out=int(bool(self.target)))
+        check_objective(self)
+        check_joined(self, cards)
+        check_gradients(self, cards)
         return cards
 
     def _fix_k(self, cards: list[Entry]) -> None:
@@ -166,35 +176,22 @@ def fit(request: FitRequest, *, screen: Screen) -> FitResult:
     """Do it. Training that finds its own run in `request.out` goes on where that stopped."""
     cards = request.check()
     refuse_early(request.out, "fit", request.record())
+    check_foreign(request.resume_from)
     docs = read_documents(request.data, screen)
     model = opened(request.model, screen)
-    found = list(dict.fromkeys(name for card in cards for name in places(model.model, card, request.site)))
-    work = _dictionaries if cards[0].unit == "latent" else _calibrated
-    if work is _dictionaries and len(found) != 1:
-        raise BadInput(f"--site names {len(found)} sites ({', '.join(found[:3])}, ...); train one site a run")
-    target = _target(model, found[0], request.target)
     text = cut_text(docs, model, screen, context=request.context, fit_tokens=request.tokens, judge_tokens=1)
-    made = {
-        "command": "fit", "request": request.record(), "model": model.card(), "seed": request.seed, "sites": found, "target": target,
-        "text": digest(text.fit),
-    }
-    return work(request, made, cards, model, text, screen)
-
-
-def _target(model: Opened, site: str, asked: str) -> str:
-    """Canonical name of the site to reproduce; "" for the site itself."""
-    if not asked:
-        return ""
-    names = list(sites(model.model, asked))
-    if len(names) > 1:
-        raise BadInput(f"--target names {len(names)} sites ({', '.join(names[:3])}, ...); give one")
-    known = known_sites(model.model)
-    order = list(known)
-    if names[0] in known and known[names[0]].kind != "stream":
-        raise BadInput(f"--target {names[0]} is a {known[names[0]].kind} site; a dictionary reproduces a stream site, such as layers.0.mlp.out")
-    if names[0] in known and site in known and order.index(names[0]) < order.index(site):
-        raise BadInput(f"--target {names[0]} comes before {site} in the model; a transcoder goes forward")
-    return names[0] if names[0] != site else ""
+    made = {"command": "fit", "request": request.record(), "model": model.card(), "seed": request.seed, "text": digest(text.fit)}
+    if cards[0].unit != "latent":
+        found = list(places(model.model, cards[0], request.site))
+        return _calibrated(request, {**made, "sites": found, "target": ""}, cards, model, text, screen)
+    beside = open_beside(request.beside, model, screen)
+    flow = flow_of(request, cards, model, beside)
+    made |= {"sites": list(flow.sites), "target": flow.targets[0] if flow.transcodes else ""}
+    if flow.join:
+        made |= {"target": list(flow.targets) if flow.transcodes else "", "join": flow.join}
+    if beside:
+        made["beside"] = beside.card()
+    return _dictionaries(request, made, cards, model, text, screen, flow, beside)
 
 
 def _finished(run: Path, keys: Iterable[str]) -> dict[str, Sparse] | None:
@@ -226,34 +223,51 @@ def _calibrated(
 
 
 def _dictionaries(
-    request: FitRequest, made: dict[str, Any], cards: list[Entry], model: Opened, text: Text, screen: Screen,
+    request: FitRequest, made: dict[str, Any], cards: list[Entry], model: Opened, text: Text, screen: Screen, flow: Flow, beside: Opened | None,
 ) -> FitResult:
-    (site,), target = made["sites"], made["target"]
-    widths = {name: value.shape[-1] for name, value in probe(model, text, [site, target] if target else [site]).items()}
+    ids_NT, names = windows(text.fit), list(dict.fromkeys((*flow.sites, *flow.targets)))
+    for each in (model, *([beside] if beside else [])):
+        probe(each, text, names)
+    read, reproduced = flow.widths(model.model, ids_NT[:1], beside.model if beside else None)
     plan = {
         card.name: dictionary(
-            card, widths[site], width=request.width, k=request.k or 1, seed=request.seed, settings=settings_for(card, request.settings),
-            d_out=widths[target] if target else 0,
+            card, plain(read), width=request.width, k=request.k or 1, seed=request.seed, settings=settings_for(card, request.settings),
+            d_out=plain(reproduced) if flow.transcodes else 0,
         )
         for card in cards
     }
-    live = LiveStream(model.model, site, windows(text.fit), request.batch, target=target or None, seed=request.seed)
+    foreign = request.resume_from and layout_of(request.resume_from)
+    begun = (take_up_foreign if foreign else take_up)(plan, request.resume_from) if request.resume_from else ()
+    if reads_gradients(cards):
+        live: LiveStream = GradientStream(model.model, flow.sites[0], ids_NT, request.batch, seed=request.seed)
+    else:
+        live = LiveStream(
+            model.model, flow.sites, ids_NT, request.batch, target=flow.targets if flow.transcodes else None, join=flow.join,
+            beside=beside.model if beside else None, seed=request.seed,
+        )
+    if foreign:
+        settle_all(plan, begun, live)
+    found, site, target = list(flow.sites), ", ".join(flow.sites), flow.targets[0] if flow.transcodes else ""
     with run_folder(request.out, made) as run:
         log = request.out / "log.jsonl"
         if run.resumed and (there := _finished(request.out, plan)):
             records = read_lines(log) if log.exists() else []
-            return FitResult(request.out, there, [site], records[-1] if records else {}, True)
+            return FitResult(request.out, there, found, records[-1] if records else {}, True)
         with _way_out_of_damage(request.out / ACTIVATIONS):
-            stream = _stored(request, live, made, widths[site], screen) if request.store else live
-            last = _train(request, {name: m for name, m in plan.items() if m.fitted == "trained"}, stream, site, screen)
+            stream = _stored(request, live, made, sum(read), screen) if request.store else live
+            trained = in_model(request, {name: m for name, m in plan.items() if m.fitted == "trained"}, model.model, site, target)
+            tokens = stream if request.objective == "local" else window_stream(request, text)
+            last = _train(request, trained, tokens, site, screen, begun)
             for name, method in plan.items():
                 if method.fitted == "none":
                     method.initialise(*next(stream.batches()))
                 save(method.eval(), method_folder(request.out, name))
-    return FitResult(request.out, plan, [site], last)
+    return FitResult(request.out, plan, found, last)
 
 
-def _train(request: FitRequest, plan: dict[str, Sparse], stream: Stream, site: str, screen: Screen) -> dict[str, Any]:
+def _train(
+    request: FitRequest, plan: dict[str, Sparse], stream: Stream, site: str, screen: Screen, begun: Collection[str] = (),
+) -> dict[str, Any]:
     """The last record of training."""
     last: dict[str, Any] = {}
     if plan:
@@ -262,7 +276,7 @@ def _train(request: FitRequest, plan: dict[str, Sparse], stream: Stream, site: s
                 last.update(record if "methods" in record else {})
                 update(progress(record))
 
-            train(plan, stream, request.recipe(), request.out, on_log=on_log)
+            train(plan, stream, request.recipe(), request.out, begun=begun, on_log=on_log)
     return last
 
 
@@ -278,16 +292,19 @@ def _way_out_of_damage(folder: Path) -> Iterator[None]:
 
 def _stored(request: FitRequest, live: LiveStream, made: dict[str, Any], d: int, screen: Screen) -> StoreStream:
     """The stream's activations on disk, each context's once, and a stream of them."""
-    from_ = {"model": made["model"], "site": live.site, "text": made["text"], "context": request.context, "skip": SKIP}
+    flow = live.flow
+    joined = {"join": flow.join, **({"beside": made["beside"]} if flow.beside else {})} if flow.join else {}
+    names = list(flow.sites) if joined else flow.sites[0]
+    from_ = {"model": made["model"], "site": names, **joined, "text": made["text"], "context": request.context, "skip": SKIP}
     folder = request.out / ACTIVATIONS / store_name(from_)
     ids_NT: Tensor = live.windows_NT
-    rows = (ids_NT.shape[1] - SKIP) * AT_ONCE
+    rows = (ids_NT.shape[1] - SKIP) * AT_ONCE * (len(flow.sites) if flow.join == "mix" else 1)
     if not (folder / CLOSED).exists():
-        with screen.stage(f"write activations of {live.site}") as update, ActivationWriter(folder, d, "float32", from_) as writer:
+        with screen.stage(f"write activations of {names}") as update, ActivationWriter(folder, d, "float32", from_) as writer:
             there = writer.rows                             # an interrupted write goes on after what it acknowledged
             for number, ids_BT in enumerate(ids_NT.split(AT_ONCE)):
                 if there < (number + 1) * rows:
-                    x_ND = capture(live.model, [live.site], input_ids=ids_BT)[live.site][:, SKIP:].flatten(0, 1).float()
+                    x_ND = live.take(ids_BT)[0].float()
                     writer.append(x_ND[max(0, there - number * rows) :])
                 update(f"{writer.rows:,} rows")
     return StoreStream(ActivationStore(folder, made_from=from_), request.batch, seed=request.seed)
@@ -299,6 +316,6 @@ def progress(record: dict[str, Any]) -> str:
         return f"went back to step {record['step']}: damaged {', '.join(map(str, record['skipped']))}"
     parts = [f"step {record['step']}/{record['of']}", f"{record['rows_per_s']:,.0f} tokens/s"]
     for name, values in record["methods"].items():
-        shown = {k: v for k, v in values.items() if k in ("loss", "fvu", "l0", "dead")}
+        shown = {k: v for k, v in values.items() if k in ("loss", "kl", "fvu", "l0", "dead")}
         parts.append(f"{name.split('/')[-1]} " + " ".join(f"{k} {v:.3g}" for k, v in shown.items()))
     return ", ".join(parts)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from ..store.atomic import write_atomic
 from ..store.lines import to_lines
 from ..store.lock import RunLock
 from ..store.run import read_run
-from ..streams import LiveStream, windows
+from ..streams import Flow, LiveStream, windows
 from ..tasks.concepts import label_batches
 from .build import check_names, dictionary, settings_for
-from .dictionaries import ablate, describe, judge_dictionary
+from .dictionaries import describe, judge_dictionary
 from .fit import FitRequest, saved_plan
+from .flows import open_beside, plain
+from .judge_joined import Lost, flow_in, judge_joined, told, verdicts
 from .models import Opened, check_context, cut_text, digest, opened, probe, read_documents
 from .report import PLURAL, page, unit_panel, verdict, write_report
 from .screen import Screen, points_table
@@ -36,17 +39,21 @@ class JudgeResult:
     points: list[Point]
     extra: tuple[str, ...]
     verdict: str
+    notes: list[str] = field(default_factory=list)
+    """What dictionaries of several sites say of those."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON."""
-        return {"schema": 1, "verdict": self.verdict, "points": [p.as_json() for p in self.points]}
+        more = {"notes": self.notes} if self.notes else {}
+        return {"schema": 1, "verdict": self.verdict, **more, "points": [p.as_json() for p in self.points]}
 
     def show(self, out: Path) -> None:
         """Print the table."""
         screen = Screen()
         points_table(screen, "", self.points, self.extra)
-        if self.verdict:
-            screen.say(self.verdict)
+        for line in (self.verdict, *self.notes):
+            if line:
+                screen.say(line)
         screen.say(f"rarefy show {out}")
 
 
@@ -62,22 +69,27 @@ class _Bench:
     model: Opened
     text: Text
     board: Judge
+    flow: Flow
+    beside: Opened | None = None
+    """The second model of a crosscoder of two."""
 
 
 def judge(run: Path, against: list[str], *, data: str, tokens: int, screen: Screen) -> JudgeResult:
     """Do it: reads what the run was fitted to, and judges on the documents that were held out from it."""
-    made, request = _fitted(run)
+    made, request = fitted_run(run)
     others = _others(request, against)
     check_context(request.context, tokens=tokens)
     plan = saved_plan(run, request.methods if entry(request.methods[0]).unit == "latent" else made["sites"])
     with RunLock(run):
         docs = read_documents(data or request.data, screen)
         model = opened(request.model, screen, causal=True)
-        if model.info.sha256 != made["model"]["sha256"]:
-            raise BadInput(
-                f"{run} was fitted to other weights (sha256 {made['model']['sha256'][:12]}) than {request.model} has now "
-                f"({model.info.sha256[:12]}); give it the model it was fitted to, or fit again"
-            )
+        beside = open_beside(request.beside, model, screen)
+        for spec, each, card in ((request.model, model, made["model"]), (request.beside, beside, made.get("beside", {}))):
+            if each and each.info.sha256 != card["sha256"]:
+                raise BadInput(
+                    f"{run} was fitted to other weights (sha256 {card['sha256'][:12]}) than {spec} has now "
+                    f"({each.info.sha256[:12]}); give it the model it was fitted to, or fit again"
+                )
         text = cut_text(docs, model, screen, context=request.context, fit_tokens=request.tokens, judge_tokens=tokens)
         if not data and digest(text.fit) != made["text"]:
             raise BadInput(f"{request.data} is not the text that {run} was fitted to any more; fit again, or name the text to judge on with --data")
@@ -85,10 +97,11 @@ def judge(run: Path, against: list[str], *, data: str, tokens: int, screen: Scre
         with screen.stage("dense model") as update:
             board = Judge(model.model, text.judge)
             update(f"CE {board.dense('').metrics['ce'].mean:.3f} on {board.tokens:,} held-out tokens, documents: {len(text.judge_names)}")
-        return _report(_Bench(run, made, request, plan, others, model, text, board), "dense" in against, data or request.data, screen)
+        bench = _Bench(run, made, request, plan, others, model, text, board, flow_in(made), beside)
+        return _report(bench, "dense" in against, data or request.data, screen)
 
 
-def _fitted(run: Path) -> tuple[dict[str, Any], FitRequest]:
+def fitted_run(run: Path) -> tuple[dict[str, Any], FitRequest]:
     """What a run was made of."""
     made = read_run(run)["made"]
     if made.get("command") != "fit":
@@ -118,36 +131,56 @@ def _report(bench: _Bench, dense: bool, data: str, screen: Screen) -> JudgeResul
     latent = entry(bench.request.methods[0]).unit == "latent"
     points = _dictionaries(bench, screen) if latent else _plans(bench, screen)
     latents = _described(bench, screen) if latent else None
-    said = verdict(points)
+    notes = _told(bench, screen) if latent and bench.flow.join else []
+    said = verdicts(points) if bench.flow.join else verdict(points)
     if dense:
         points.insert(0, bench.board.dense(points[0].unit))
     axes: dict[str, Any] = {"x": ("l0", "latents active a token")} if latent else {}
     title = f"{bench.run.resolve().name}: {', '.join(dict.fromkeys(p.method for p in points if p.role == 'method'))}"
     report = page(
         title, bench.model, bench.text, data, [unit_panel(PLURAL[points[0].unit], points, said, **axes)], screen,
-        points=points, log=bench.run / "log.jsonl", latents=latents, same=data == bench.request.data,
+        points=points, log=bench.run / "log.jsonl", latents=latents, notes=notes, same=data == bench.request.data,
     )
     write_report(bench.run, report)
     write_atomic(bench.run / "points.jsonl", to_lines(p.as_json() for p in points if p.role != "dense"))
-    return JudgeResult(points, LATENT_METRICS if latent else (), said)
+    return JudgeResult(points, LATENT_METRICS if latent else (), said, notes)
 
 
 def _dictionaries(bench: _Bench, screen: Screen) -> list[Point]:
-    (site,), target, request = bench.made["sites"], bench.made["target"], bench.request
+    flow, request = bench.flow, bench.request
+    other, ids_NT = bench.beside.model if bench.beside else None, windows(bench.text.fit)
     for card in bench.others:
-        live = LiveStream(bench.model.model, site, windows(bench.text.fit), request.batch, seed=request.seed)
+        live = LiveStream(bench.model.model, flow.sites, ids_NT, request.batch, join=flow.join, beside=other, seed=request.seed)
         x_ND, y_ND = next(live.batches())
         settings = settings_for(card, request.settings)
-        made = dictionary(card, x_ND.shape[1], width=request.width, k=request.k or 1, seed=request.seed, settings=settings)
+        d = plain(flow.widths(bench.model.model, ids_NT[:1], other)[0])
+        made = dictionary(card, d, width=request.width, k=request.k or 1, seed=request.seed, settings=settings)
         made.initialise(x_ND, y_ND)
         bench.plan[card.name] = made.eval()
-    points = []
-    with screen.stage(f"splice {'dictionaries' if len(bench.plan) > 1 else 'the dictionary'} at {target or site}") as update:
-        lost = ablate(bench.board, target or site)
+    points: list[Point] = []
+    with screen.stage(f"splice {'dictionaries' if len(bench.plan) > 1 else 'the dictionary'} at {', '.join(flow.targets)}") as update:
+        lost = Lost.of(bench.board, flow)
         for name, method in bench.plan.items():
-            points.append(judge_dictionary(bench.board, site, method, lost, target=target, role=role_of(entry(name)), name=name))
+            role = role_of(entry(name))
+            if flow.join and isinstance(method, Dictionary):
+                points += judge_joined(bench.board, flow, method, lost, name=name, role=role, beside=other)
+            else:
+                goal = flow.targets[0] if flow.transcodes else ""
+                points.append(judge_dictionary(bench.board, flow.sites[0], method, lost.each[flow.targets[0]], target=goal, role=role, name=name))
             update(name)
     return points
+
+
+def _told(bench: _Bench, screen: Screen) -> list[str]:
+    """A sentence a trained dictionary about its sites; the figures behind it go to `joined.json` of the run."""
+    records, said = {}, []
+    with screen.stage("look at the sites that latents live at"):
+        for name, method in bench.plan.items():
+            if isinstance(method, Dictionary) and not entry(name).baseline:
+                records[name], line = told(bench.board, bench.flow, method, name)
+                said.append(line)
+    write_atomic(bench.run / "joined.json", json.dumps(records, allow_nan=False).encode())
+    return said
 
 
 def _described(bench: _Bench, screen: Screen) -> dict[str, Any]:
@@ -157,9 +190,11 @@ def _described(bench: _Bench, screen: Screen) -> dict[str, Any]:
     assert isinstance(method, Dictionary)
     with screen.stage(f"describe the latents of {first}"):
         labels, sides = label_batches(text.judge, text.judge_docs)
+        flow, middle = bench.flow, len(bench.flow.sites) // 2 if bench.flow.join == "mix" else 0
         return describe(
-            bench.board, bench.made["sites"][0], method, bench.model.tokenizer, target=bench.made["target"], labels=labels, sides=sides,
-            doc_names=text.judge_names,
+            bench.board, ", ".join(flow.sites) if flow.join == "concat" else flow.sites[middle], method, bench.model.tokenizer,
+            target=flow.targets[middle] if flow.transcodes else "", labels=labels, sides=sides, doc_names=text.judge_names,
+            flow=flow if flow.join == "concat" else None, beside=bench.beside.model if bench.beside else None,
         )
 
 

@@ -161,6 +161,7 @@ def show(run: Path, *, port: int, host: str, token: str, export: Path | None, sa
     if not (run / NAME).exists() and (run / MANIFEST).exists():
         command = read_run(run)["made"].get("command")
         way = f"`rarefy judge {run}` makes one" if command == "fit" else f"run its `rarefy {command}` to the end"
+        way = f"a planted suite has pictures (.svg) and {run / 'results.jsonl'}" if command == "suite" else way
         raise BadInput(f"{run} holds no page yet; {way}")
     if export is not None:
         say("page", str(write_page(read_report(run), export)))

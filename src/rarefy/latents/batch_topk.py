@@ -14,11 +14,10 @@ from torch.nn.functional import mse_loss
 
 from ..errors import BadInput
 from ..kernels.routes import Routes
-from ..kernels.sparse_decode import sparse_decode
 from ..kernels.sparse_encode import encode_batch_top_k
 from ..method import Loss
 from ..selection import Selection, batch_top_k, check_finite, threshold
-from .dictionary import diagnostics
+from .dictionary import Widths
 from .topk import TopK
 
 
@@ -35,10 +34,10 @@ class BatchTopK(TopK):
     seen: Tensor
 
     def __init__(
-        self, d_in: int, width: int, k: int = 32, d_out: int = 0, aux_alpha: float = 1 / 32, aux_k: int = 0,
-        dead_after: int = 10_000_000, momentum: float = 0.99, seed: int = 0,
+        self, d_in: Widths, width: int, k: int = 32, d_out: Widths = 0, aux_alpha: float = 1 / 32, aux_k: int = 0,
+        dead_after: int = 10_000_000, momentum: float = 0.99, seed: int = 0, skip: bool | str = False,
     ) -> None:
-        super().__init__(d_in, width, k, d_out, aux_alpha, aux_k, dead_after, seed)
+        super().__init__(d_in, width, k, d_out, aux_alpha, aux_k, dead_after, seed, skip)
         if not 0 <= momentum < 1:
             raise BadInput(f"momentum={momentum} must be in [0, 1)")
         self.momentum = momentum
@@ -61,16 +60,23 @@ class BatchTopK(TopK):
             self.tau.copy_(least if not self.seen else self.momentum * self.tau + (1 - self.momentum) * least)
             self.seen += 1
 
+    def allotted(self, x_BD: Tensor) -> tuple[Tensor, Routes]:
+        """(values [M], routes) of a training batch in the dictionary's units; moves the threshold."""
+        value_M, unit_M, edges = encode_batch_top_k(x_BD, self.W_enc_FD, self.b_enc_F, self.k * len(x_BD), self.centre_D)
+        self._follow(value_M)
+        return value_M, Routes(unit_M, edges, self.width)
+
+    def compared(self, value_M: Tensor, routes: Routes, y_BE: Tensor) -> tuple[Tensor, Tensor]:
+        """(reconstruction [B, E], its squared error a channel), in the dictionary's units."""
+        y_hat_BE = self.written(value_M, routes, self.b_dec_D)
+        return y_hat_BE, mse_loss(y_hat_BE, y_BE)
+
     def loss(self, x: Tensor, y: Tensor) -> Loss:
         """mse + aux, as TopK; moves the threshold."""
         self.check_rows(x, y)
         x_BD, y_BE = self.scaled(x), y * self.scale_out.to(y.dtype)
-        value_M, unit_M, edges = encode_batch_top_k(x_BD, self.W_enc_FD, self.b_enc_F, self.k * len(x), self.centre_D)
-        y_hat_BE = sparse_decode(value_M, Routes(unit_M, edges, self.width), self.W_dec_FD, self.b_dec_D)
-        mse = mse_loss(y_hat_BE, y_BE)
+        value_M, routes = self.allotted(x_BD)
+        y_hat_BE, mse = self.compared(value_M, routes, y_BE)
         aux = self.aux_loss(x_BD, (y_BE - y_hat_BE).detach())
-        self.fired(unit_M, len(x))
-        self._follow(value_M)
-        parts = {"mse": mse, **({} if aux is None else {"aux": aux}), **diagnostics(y_BE, y_hat_BE, len(unit_M) / max(1, len(x)))}
-        parts["dead"] = (self.idle_F > self.dead_after).float().mean()
-        return Loss(mse if aux is None else mse + aux, parts)
+        trained = {"mse": mse} if aux is None else {"mse": mse, "aux": aux}
+        return self.ended(trained, y_BE, y_hat_BE, routes.unit_M, len(value_M), self.dead_after)

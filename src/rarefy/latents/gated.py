@@ -12,13 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadInput
 from ..method import Loss, not_negative
 from ..selection import Selection, check_finite
-from .dictionary import Dictionary, diagnostics
+from .dictionary import Widths
+from .penalised import Penalised
 
 
-class Gated(Dictionary):
+class Gated(Penalised):
     """A gate that picks and a magnitude that measures, so that sparsity does not shrink.
 
     Args:
@@ -28,22 +28,13 @@ class Gated(Dictionary):
 
     name = "latents/gated"
 
-    steps: Tensor
-
     def __init__(
-        self, d_in: int, width: int, d_out: int = 0, l1: float = 0.02, warmup: int = 100, dead_after: int = 1_000_000, seed: int = 0,
+        self, d_in: Widths, width: int, d_out: Widths = 0, l1: float = 0.02, warmup: int = 100, dead_after: int = 1_000_000, seed: int = 0,
+        skip: bool | str = False,
     ) -> None:
-        super().__init__(d_in, width, d_out, seed)
-        if l1 < 0 or warmup < 0:
-            raise BadInput(f"l1={l1} and warmup={warmup} must be >= 0")
-        self.l1, self.warmup, self.dead_after = l1, warmup, not_negative("dead_after", dead_after)
+        super().__init__(d_in, width, d_out, warmup, dead_after, seed, skip)
+        self.l1 = not_negative("l1", l1)
         self.r_mag_F, self.b_mag_F = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-
-    @property
-    def budget(self) -> float:
-        """1: any number of latents may be active."""
-        return 1.0
 
     def _parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
         product = self.centred(x) @ self.W_enc_FD.T
@@ -64,16 +55,5 @@ class Gated(Dictionary):
         y_hat = self.in_units(f_BF @ self.W_dec_FD + self.b_dec_D)
         open_BF = gate_BF.relu()
         frozen = self.in_units(open_BF @ self.W_dec_FD.detach() + self.b_dec_D.detach())
-        rise = min(1.0, int(self.steps) / self.warmup) if self.warmup else 1.0
-        mse, aux = self.error(y_hat, y), self.error(frozen, y)
-        penalty = self.l1 * rise * open_BF.sum(-1).mean() / self.d_out
-        active = f_BF.detach() > 0
-        self.fired(active.any(0).nonzero()[:, 0], len(x))
-        parts = {"mse": mse, "l1": penalty, "aux": aux, **diagnostics(y, y_hat, active.sum() / max(1, len(x)))}
-        parts["dead"] = (self.idle_F > self.dead_after).float().mean()
-        return Loss(mse + penalty + aux, parts)
-
-    def after_step(self, step: int) -> None:
-        """Unit-norm decoder rows; count steps for the warm-up."""
-        super().after_step(step)
-        self.steps += 1
+        penalty = self.l1 * self.rise * self.price(open_BF) / self.d_out
+        return self.settled(f_BF, y, y_hat, mse=self.error(y_hat, y), l1=penalty, aux=self.error(frozen, y))

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput
-from ..method import Loss, not_negative
+from ..method import Loss
 from ..selection import Selection, check_finite, threshold
 from ..surrogate import jump_relu, step
-from .dictionary import Dictionary, diagnostics
+from .dictionary import Widths
+from .penalised import Penalised
 
 
-class JumpReLU(Dictionary):
+class JumpReLU(Penalised):
     """A threshold of its own for every latent.
 
     Args:
@@ -31,19 +32,16 @@ class JumpReLU(Dictionary):
 
     name = "latents/jumprelu"
 
-    steps: Tensor
-
     def __init__(
-        self, d_in: int, width: int, d_out: int = 0, sparsity: float = 0.002, target_l0: float = 0, theta: float = 0.001,
+        self, d_in: Widths, width: int, d_out: Widths = 0, sparsity: float = 0.002, target_l0: float = 0, theta: float = 0.001,
         bandwidth: float = 0.001, warmup: int = 100, dead_after: int = 1_000_000, seed: int = 0,
+        skip: bool | str = False,
     ) -> None:
-        super().__init__(d_in, width, d_out, seed)
-        if sparsity < 0 or target_l0 < 0 or warmup < 0 or theta <= 0 or bandwidth <= 0:
-            raise BadInput(f"theta={theta} and bandwidth={bandwidth} must be > 0; sparsity={sparsity}, target_l0={target_l0}, warmup={warmup} >= 0")
-        self.sparsity, self.target_l0, self.bandwidth, self.warmup = sparsity, target_l0, bandwidth, warmup
-        self.dead_after = not_negative("dead_after", dead_after)
+        super().__init__(d_in, width, d_out, warmup, dead_after, seed, skip)
+        if sparsity < 0 or target_l0 < 0 or theta <= 0 or bandwidth <= 0:
+            raise BadInput(f"theta={theta} and bandwidth={bandwidth} must be > 0; sparsity={sparsity}, target_l0={target_l0} >= 0")
+        self.sparsity, self.target_l0, self.bandwidth = sparsity, target_l0, bandwidth
         self.log_theta_F = nn.Parameter(torch.full((width,), math.log(theta)))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     @property
     def budget(self) -> float:
@@ -61,18 +59,6 @@ class JumpReLU(Dictionary):
         pre_BF, theta_F = self.pre_activations(x).relu(), self.log_theta_F.exp()
         f_BF = jump_relu(pre_BF, theta_F, self.bandwidth)
         y_hat = self.in_units(f_BF @ self.W_dec_FD + self.b_dec_D)
-        mse = self.error(y_hat, y)
         count = step(pre_BF, theta_F, self.bandwidth).sum(-1).mean()
-        rise = min(1.0, int(self.steps) / self.warmup) if self.warmup else 1.0
         raw = (count / self.target_l0 - 1) ** 2 if self.target_l0 else count / self.d_out
-        penalty = self.sparsity * rise * raw
-        on = f_BF.detach() > 0
-        self.fired(on.any(0).nonzero()[:, 0], len(x))
-        parts = {"mse": mse, "l0_penalty": penalty, **diagnostics(y, y_hat, on.sum() / max(1, len(x)))}
-        parts["dead"] = (self.idle_F > self.dead_after).float().mean()
-        return Loss(mse + penalty, parts)
-
-    def after_step(self, step: int) -> None:
-        """Unit-norm decoder rows; count steps for the warm-up."""
-        super().after_step(step)
-        self.steps += 1
+        return self.settled(f_BF, y, y_hat, mse=self.error(y_hat, y), l0_penalty=self.sparsity * self.rise * raw)

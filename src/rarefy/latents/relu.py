@@ -7,16 +7,15 @@ Shape letters: B = rows, D = width, F = latents.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..errors import BadInput
 from ..method import Loss, not_negative
 from ..selection import Selection, check_finite, threshold
-from .dictionary import Dictionary, diagnostics
+from .dictionary import Widths
+from .penalised import Penalised
 
 
-class ReLU(Dictionary):
+class ReLU(Penalised):
     """Latents are the positive pre-activations.
 
     Args:
@@ -25,21 +24,12 @@ class ReLU(Dictionary):
 
     name = "latents/relu"
 
-    steps: Tensor
-
     def __init__(
-        self, d_in: int, width: int, d_out: int = 0, l1: float = 0.02, warmup: int = 100, dead_after: int = 1_000_000, seed: int = 0,
+        self, d_in: Widths, width: int, d_out: Widths = 0, l1: float = 0.02, warmup: int = 100, dead_after: int = 1_000_000, seed: int = 0,
+        skip: bool | str = False,
     ) -> None:
-        super().__init__(d_in, width, d_out, seed)
-        if l1 < 0 or warmup < 0:
-            raise BadInput(f"l1={l1} and warmup={warmup} must be >= 0")
-        self.l1, self.warmup, self.dead_after = l1, warmup, not_negative("dead_after", dead_after)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-
-    @property
-    def budget(self) -> float:
-        """1: any number of latents may be active."""
-        return 1.0
+        super().__init__(d_in, width, d_out, warmup, dead_after, seed, skip)
+        self.l1 = not_negative("l1", l1)
 
     def select(self, x: Tensor) -> Selection:
         """Positive pre-activations."""
@@ -51,14 +41,12 @@ class ReLU(Dictionary):
         self.check_rows(x, y)
         f_BF = self.pre_activations(x).relu()
         y_hat = self.in_units(f_BF @ self.W_dec_FD + self.b_dec_D)
-        mse = self.error(y_hat, y)
-        rise = min(1.0, int(self.steps) / self.warmup) if self.warmup else 1.0
-        penalty = self.l1 * rise * (f_BF * self.W_dec_FD.norm(dim=-1)).sum(-1).mean() / self.d_out
-        on = f_BF.detach() > 0
-        self.fired(on.any(0).nonzero()[:, 0], len(x))
-        parts = {"mse": mse, "l1": penalty, **diagnostics(y, y_hat, on.sum() / max(1, len(x)))}
-        parts["dead"] = (self.idle_F > self.dead_after).float().mean()
-        return Loss(mse + penalty, parts)
+        penalty = self.l1 * self.rise * self.price(f_BF) / self.d_out
+        return self.settled(f_BF, y, y_hat, mse=self.error(y_hat, y), l1=penalty)
+
+    def paid(self, f_BF: Tensor) -> Tensor:
+        """[B, F] f_i ||W_dec,i||; of a crosscoder the norms are summed over sites."""
+        return f_BF * self.decoder_norms().sum(-1)
 
     def before_step(self) -> None:
         """Nothing: decoder norms are free."""

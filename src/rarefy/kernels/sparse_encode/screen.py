@@ -10,6 +10,8 @@ a least and a most, and a unit whose most is below the k-th largest least cannot
 
 With `coarse` the bound is taken as 0: the k are those of the bfloat16 product, their values still float32.
 
+With `absolute` everything is said of |x.w + bias|, whose distance from |q + bias| the same bound covers.
+
 Shape letters: N = rows, F = units, K = kept, D = width, G = groups of units.
 """
 
@@ -65,9 +67,21 @@ def near_and_best(bits, bias, near, best):  # type: ignore[no-untyped-def]
             best[g] = max(best[g], to[g])
 
 
+@numba.njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})
+def near_and_best_size(bits, bias, near, best):  # type: ignore[no-untyped-def]
+    """near_and_best of |q + bias|; a loop of its own, so that the other does not pay for it."""
+    groups = len(best)
+    best[:] = -np.inf
+    for start in range(0, len(bits), groups):
+        q, b, to = bits[start : start + groups], bias[start : start + groups], near[start : start + groups]
+        for g in range(len(q)):
+            to[g] = abs(np.int32(np.int32(q[g]) << np.int32(16)).view(np.float32) + b[g])
+            best[g] = max(best[g], to[g])
+
+
 @numba.njit(cache=True, nogil=True)
 def candidates(  # type: ignore[no-untyped-def]
-    start, stop, bits_NF, size_N, lost_N, bias_F, size_G, lost_G, sums, reach, coarse, k, unit_NC, count_N
+    start, stop, bits_NF, size_N, lost_N, bias_F, size_G, lost_G, sums, reach, coarse, absolute, k, unit_NC, count_N
 ):
     """Units of each row that can be among its k largest x.w + bias, from the bits of q, and how many they are.
 
@@ -80,7 +94,10 @@ def candidates(  # type: ignore[no-untyped-def]
     least, most = np.empty(units, np.float32), np.empty(units, np.float32)
     last = np.float32(0 if coarse else 1.01 / 256)                     # of |q| <= |q + bias| + reach
     for n in range(start, stop):
-        near_and_best(bits_NF[n], bias_F, near, best)
+        if absolute:
+            near_and_best_size(bits_NF[n], bias_F, near, best)
+        else:
+            near_and_best(bits_NF[n], bias_F, near, best)
         if not coarse:
             size, lost = np.float32(1.01) * (size_N[n] + lost_N[n]), np.float32(1.01) * lost_N[n]
             for g in range(groups):
@@ -120,7 +137,7 @@ def products_by_unit(start, stop, x_ND, weight_FD, bias_F, order_P, row_P, edges
 
 
 @numba.njit(cache=True, nogil=True)
-def choose(start, stop, unit_NC, value_NC, count_N, k, value_NK, index_NK):  # type: ignore[no-untyped-def]
+def choose(start, stop, unit_NC, value_NC, count_N, absolute, k, value_NK, index_NK):  # type: ignore[no-untyped-def]
     """The k largest of each row's candidates, of equals the lowest units; rows without candidates are left as they are."""
     key_C = np.empty(unit_NC.shape[1], np.int32)
     for n in range(start, stop):
@@ -128,6 +145,8 @@ def choose(start, stop, unit_NC, value_NC, count_N, k, value_NK, index_NK):  # t
             bits = value_NC[n].view(np.int32)
             for i in range(count_N[n]):
                 key_C[i] = bits[i] if bits[i] >= 0 else np.int32(-2147483648) - bits[i]
+                if absolute:
+                    key_C[i] = abs(key_C[i])
             take(key_C, unit_NC[n], count_N[n], k, index_NK[n])
             for j in range(k):
                 i = index_NK[n, j]
@@ -147,7 +166,7 @@ def _halves(full_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return half_ND.view(torch.bfloat16), size_N, lost_N
 
 
-def _screen(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, k: int, coarse: bool, unit_NC: Tensor) -> Tensor:
+def _screen(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, k: int, coarse: bool, absolute: bool, unit_NC: Tensor) -> Tensor:
     """[N] how many candidates each row has in `unit_NC`."""
     n, units, sums = len(x_ND), len(weight_FD), np.float32((x_ND.shape[1] + 16) * 2.0**-22)
     x_half_ND, size_N, lost_N = _halves(x_ND)
@@ -157,7 +176,7 @@ def _screen(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, k: int, coarse: boo
     if not float(size_N.max() + lost_N.max()) * float(size_F.max() + lost_F.max()) + float(reach) < _LARGEST:
         return count_N
     buffer_CF = pool.empty((min(n, ROWS_AT_ONCE), units), torch.bfloat16)
-    shared = (bias_F.numpy(), size_G.numpy(), lost_G.numpy(), sums, np.float32(reach), coarse, k)
+    shared = (bias_F.numpy(), size_G.numpy(), lost_G.numpy(), sums, np.float32(reach), coarse, absolute, k)
     for start in range(0, n, ROWS_AT_ONCE):
         at = slice(start, start + ROWS_AT_ONCE)
         q = torch.mm(x_half_ND[at], w_half_FD.T, out=buffer_CF[: len(x_half_ND[at])]).view(torch.int16)
@@ -166,14 +185,16 @@ def _screen(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, k: int, coarse: boo
     return count_N
 
 
-def screened_top_k(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, k: int, coarse: bool) -> tuple[Tensor, Tensor, Tensor]:
+def screened_top_k(
+    x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, k: int, coarse: bool, absolute: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(values, units, done), [N, K] twice and [N] bool: rows that are not done are left unwritten.
 
-    Args: contiguous float32. coarse: choose by the bfloat16 product itself.
+    Args: contiguous float32. coarse: choose by the bfloat16 product itself. absolute: the k largest in absolute value.
     """
     n, units, room = len(x_ND), len(weight_FD), 8 * k + 2 * GROUP
     unit_NC, value_NC = pool.empty((n, room), torch.long), pool.empty((n, room), torch.float32)
-    count_N = _screen(x_ND, weight_FD, bias_F, k, coarse, unit_NC)
+    count_N = _screen(x_ND, weight_FD, bias_F, k, coarse, absolute, unit_NC)
     begin_N, pairs = torch.arange(n) * room, int(count_N.sum())
     order_P, row_P, edges_F1 = torch.empty(pairs, dtype=torch.long), torch.empty(pairs, dtype=torch.long), torch.zeros(units + 1, dtype=torch.long)
     by_unit = [t.numpy() for t in (order_P, row_P, edges_F1)]
@@ -182,5 +203,5 @@ def screened_top_k(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, k: int, coar
     native.spread(products_by_unit, units, *given, *by_unit, value_NC.view(-1).numpy())
     value_NK, index_NK = torch.empty(n, k), torch.empty(n, k, dtype=torch.long)
     found = [t.numpy() for t in (unit_NC, value_NC, count_N)]
-    native.spread(choose, n, *found, k, value_NK.numpy(), index_NK.numpy())
+    native.spread(choose, n, *found, absolute, k, value_NK.numpy(), index_NK.numpy())
     return value_NK, index_NK, count_N > 0

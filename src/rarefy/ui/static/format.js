@@ -37,7 +37,14 @@ const NAMES = {
   fvu: "fraction of variance unexplained", loss_recovered: "loss recovered", l0: "active latents a token", density: "density (units kept)",
   budget: "budget (asked for)", flops: "FLOPs, fraction of dense", bytes: "bytes, fraction of dense", ms: "time, fraction of dense",
   loss: "loss", dead: "dead latents", tokens_per_s: "tokens a second", accuracy: "accuracy",
+  probe_1: "probe on 1 latent: accuracy", probe_2: "probe on 2 latents: accuracy", probe_5: "probe on 5 latents: accuracy", match_f1: "F1 of each concept's best latent",
+  absorption: "absorption of first letters", absorption_kinds: "absorption of token kinds", splits: "latents a letter is split over",
+  removal: "spurious correlation removed", perturbation: "targeted perturbation", senses: "senses told apart: accuracy", senses_f1: "senses told apart: F1",
+  control: "control with 2 codes a row", unlearn_selective: "unlearning: loss gained there less elsewhere", unlearn_forget: "unlearning: loss gained there (nats)",
+  unlearn_damage: "unlearning: loss gained elsewhere (nats)", loss_recovered_mean: "loss recovered, from the mean",
 };
 export const metricName = (key) => NAMES[key] ?? key.replaceAll("_", " ");
-const HIGH = new Set(["top1", "loss_recovered", "accuracy", "f1", "precision", "recall", "explained_variance", "cosine"]);
+const HIGH = new Set(["top1", "loss_recovered", "accuracy", "f1", "precision", "recall", "explained_variance", "cosine",
+  "loss_recovered_mean", "probe_1", "probe_2", "probe_5", "match_f1", "removal", "perturbation", "disentanglement", "cause", "isolation", "control",
+  "senses", "senses_f1", "unlearn_selective", "unlearn_forget"]);
 export const better = (key) => (HIGH.has(key) ? "high" : "low");

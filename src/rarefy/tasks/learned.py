@@ -1,0 +1,132 @@
+"""What a dictionary made of rows, in the form that judges read: who fired where and how strongly, directions, reconstructions.
+
+Shape letters: N = rows, D = width, G = latents, M = activations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from ..errors import BadInput
+from ..method import Sparse
+from ..selection import Selection, check_finite
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Activations that are not zero."""
+
+    row: Tensor
+    """[M] int64, rising."""
+    latent: Tensor
+    """[M] int64."""
+    value: Tensor
+    """[M] float32, not zero; negative only for dictionaries that sign their latents."""
+    rows: int
+    width: int
+
+    @classmethod
+    def of(cls, dense_NG: Tensor) -> Activations:
+        """From a matrix."""
+        row_M, latent_M = dense_NG.nonzero(as_tuple=True)
+        return cls(row_M, latent_M, dense_NG[row_M, latent_M].float(), *dense_NG.shape)
+
+    @property
+    def dense(self) -> Tensor:
+        """[N, G] float32."""
+        return torch.zeros(self.rows, self.width).index_put_((self.row, self.latent), self.value)
+
+    @property
+    def fired(self) -> Tensor:
+        """[G] int64 rows on which each latent is on."""
+        return torch.bincount(self.latent, minlength=self.width)
+
+    @property
+    def l0(self) -> float:
+        """Latents on a row."""
+        return len(self.value) / self.rows
+
+    def times(self, decoder_GD: Tensor) -> Tensor:
+        """[N, D] codes @ decoder, in the decoder's dtype; work in proportion to what is on."""
+        begin_N = torch.bincount(self.row, minlength=self.rows).cumsum(0).roll(1)
+        begin_N[0] = 0
+        return embedding_bag(self.latent, decoder_GD, begin_N, mode="sum", per_sample_weights=self.value.to(decoder_GD.dtype))
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A dictionary on rows; everything in the rows' own units."""
+
+    codes: Activations
+    decoder: Tensor
+    """[G, D] float32; x_hat - codes @ decoder is the same for every row."""
+    encoder: Tensor
+    """[G, D] float32 directions that latents are read with; the decoder's where there are no others."""
+    x_hat: Tensor
+    """[N, D] float32."""
+
+    @property
+    def width(self) -> int:
+        """Latents, G."""
+        return len(self.decoder)
+
+    @property
+    def signed(self) -> bool:
+        """Whether activations may be negative, so that a direction and its opposite are one latent."""
+        return bool((self.codes.value < 0).any())
+
+
+def decoder_of(method: Sparse, d: int) -> Tensor:
+    """[G, D] a dictionary's decoder, in its own units. Raises BadInput where there is no such matrix."""
+    decoder = getattr(method, "W_dec_FD", None)
+    if not isinstance(decoder, Tensor) or decoder.ndim != 2 or decoder.shape[1] != d:
+        raise BadInput(f"{method.name} has no decoder W_dec_FD of width {d}; only dictionaries of the rows themselves can be judged so")
+    return decoder.detach()
+
+
+@torch.no_grad()
+def read(method: Sparse, x_ND: Tensor, at_once: int = 2048) -> Learned:
+    """Run a dictionary on rows.
+
+    Args:
+        method: an autoencoder whose decoder is `W_dec_FD`, in eval mode; encoder `W_enc_FD` if it reads with one.
+        x_ND: rows. at_once: rows a pass.
+
+    Raises:
+        BadInput: no rows, rows that are not finite, or a method without a decoder matrix of the rows' width.
+    """
+    if x_ND.ndim != 2 or not len(x_ND):
+        raise BadInput(f"rows have shape {list(x_ND.shape)}; need [rows, width] with at least one row")
+    check_finite(x_ND, "rows to judge on")
+    made: Any = method
+    decoder = decoder_of(method, x_ND.shape[1])
+    parts, outs = [], []
+    for start in range(0, len(x_ND), at_once):
+        x = x_ND[start : start + at_once]
+        parts.append(_active(made.select(x), start))
+        outs.append(made(x).float())
+    row_M, latent_M, value_M = (torch.cat(part) for part in zip(*parts, strict=True))
+    decoder = decoder.float() / getattr(made, "scale_out", torch.ones(()))
+    encoder = getattr(made, "W_enc_FD", None)
+    encoder = decoder if not isinstance(encoder, Tensor) else encoder.detach().float()
+    return Learned(Activations(row_M, latent_M, value_M, len(x_ND), len(decoder)), decoder, encoder, torch.cat(outs))
+
+
+def _active(selection: Selection, start: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, latent, value) of what is selected and not zero."""
+    weight = selection.weight.float()
+    if selection.index is not None:
+        row_M, at_M = (weight != 0).nonzero(as_tuple=True)
+        return row_M + start, selection.index[row_M, at_M], weight[row_M, at_M]
+    row_M, latent_M = (selection.mask & (weight != 0)).nonzero(as_tuple=True)
+    return row_M + start, latent_M, weight[row_M, latent_M]
+
+
+def perfect(codes_NG: Tensor, decoder_GD: Tensor) -> Learned:
+    """Given codes and directions as if they had been learned: the skyline of a table on planted data."""
+    return Learned(Activations.of(codes_NG), decoder_GD, decoder_GD, codes_NG @ decoder_GD)
