@@ -4,7 +4,7 @@
     python scripts/latents_frontier.py --out runs/frontier --write    # also docs/benchmarks/latents_frontier.{json,md} and the picture
 
 All methods of one L0 are trained in one pass over the same activations, at one width, number of steps and rate, with their own defaults
-otherwise: what they do untuned. Methods without a k get three penalties, as multiples of their default.
+otherwise: what they do untuned. Methods without a k get three penalties, as multiples of their default, which is meant for long runs.
 """
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from rarefy.errors import BadInput
 from rarefy.fit import Recipe, train
 from rarefy.frontier import Judge, Point
 from rarefy.hub import open_model
-from rarefy.jobs.build import dictionary, fixes_k, takes
+from rarefy.jobs.build import fixes_k
 from rarefy.jobs.dictionaries import ablate, judge_dictionary
 from rarefy.jobs.report import unit_panel
-from rarefy.jobs.suite_plan import default_of, knob, usable
+from rarefy.jobs.suite_plan import build, default_of, knob, usable
 from rarefy.plots import frontier_svg
 from rarefy.store.lines import append_line, read_lines
 from rarefy.streams import LiveStream, windows
@@ -32,7 +32,7 @@ from rarefy.streams import LiveStream, windows
 ROOT = Path(__file__).parents[1]
 SITE, WIDTH, CONTEXT = "layers.3.resid_post", 2048, 512
 LEVELS = (8, 32, 128)
-PENALTIES = (4.0, 1.0, 0.25)
+PENALTIES = (128.0, 32.0, 8.0)
 
 
 def cards() -> list[Entry]:
@@ -50,10 +50,9 @@ def cards() -> list[Entry]:
 
 def made(card: Entry, d: int, level: int, steps: int, batch: int) -> Any:
     """A method at the level's k, or at the level's multiple of its penalty's default."""
-    own = {"dead_after": steps * batch // 8} if "dead_after" in takes(card) else {}
-    if name := knob(card, {}):
-        own[name] = default_of(card, name) * PENALTIES[LEVELS.index(level)]
-    return dictionary(card, d, width=WIDTH, k=level if fixes_k(card) else 1, seed=0, settings=own)
+    name = knob(card, {})
+    own = {name: default_of(card, name) * PENALTIES[LEVELS.index(level)]} if name else {}
+    return build(card, own, d=d, width=WIDTH, k=level if fixes_k(card) else 1, seed=0, steps=steps, batch=batch)
 
 
 def measured(out: Path, steps: int, batch: int, names: list[str]) -> None:
