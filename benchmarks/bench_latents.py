@@ -184,11 +184,12 @@ CONTENDERS: dict[str, tuple[str, Callable[[int, int], Steps], dict[str, str]]] =
 """Name -> (package it needs, what makes its step and its encoder, environment)."""
 
 
-def child(name: str, case: str, steps: int) -> dict[str, float]:
-    """One contender in this process."""
+def child(name: str, case: str, steps: int, threads: int) -> dict[str, float]:
+    """One contender in this process. One thread is timed by CPU time, more by the clock, which also sees them wait for each other."""
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
+    clock = time.process_time if threads == 1 else time.perf_counter
     torch.manual_seed(0)
     d, width = CASES[case]
     directions = torch.nn.functional.normalize(torch.randn(width // 4, d), dim=1)
@@ -198,9 +199,9 @@ def child(name: str, case: str, steps: int) -> dict[str, float]:
     def seconds(call: Callable[[Any], object], runs: int) -> float:
         times = []
         for run in range(runs + 2):
-            start = time.process_time()
+            start = clock()
             call(rows[run % 4])
-            times.append(time.process_time() - start)
+            times.append(clock() - start)
         return statistics.median(times[2:])
 
     train = seconds(step, steps)
@@ -210,10 +211,10 @@ def child(name: str, case: str, steps: int) -> dict[str, float]:
 
 
 def measure(name: str, case: str, args: argparse.Namespace) -> dict[str, float] | None:
-    command = [sys.executable, __file__, "--child", name, "--cases", case, "--steps", str(args.steps)]
-    if hasattr(os, "sched_getaffinity"):
+    command = [sys.executable, __file__, "--child", name, "--cases", case, "--steps", str(args.steps), "--threads", str(args.threads)]
+    if hasattr(os, "sched_getaffinity") and args.threads == 1:
         command = ["taskset", "-c", str(args.core if args.core is not None else min(os.sched_getaffinity(0))), *command]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **CONTENDERS[name][2]}
+    env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads), **CONTENDERS[name][2]}
     got = subprocess.run(command, capture_output=True, text=True, env=env)
     if got.returncode:
         print(f"{name}, case {case}: failed: {(got.stderr.strip().splitlines() or ['?'])[-1][:160]}", flush=True)
@@ -239,12 +240,13 @@ def main() -> None:
     parser.add_argument("--cases", default="A,B")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--core", type=int, help="core to run on; default the first allowed")
     parser.add_argument("--out", type=Path, help="also write the tables here, as Markdown")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(child(args.child, args.cases, args.steps)))
+        print(json.dumps(child(args.child, args.cases, args.steps, args.threads)))
         return
     names = [n for n, (package, *_) in CONTENDERS.items() if not package or find_spec(package)]
     for absent in sorted({p for p, *_ in CONTENDERS.values() if p and not find_spec(p)}):
