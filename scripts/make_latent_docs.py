@@ -26,6 +26,8 @@ from rarefy.tasks.planted_kinds import KINDS
 
 DOCS = Path(__file__).parents[1] / "docs"
 PLANTED, FRONTIER = DOCS / "benchmarks/planted.json", DOCS / "benchmarks/latents_frontier.json"
+CLAIMS = DOCS / "benchmarks/latents_claims.json"
+"""Written by hand, of short runs here: whether a claim shows at this scale, not whether it is true of another."""
 SHOWN = ("l0", "fvu", "mcc", "f1", "span", "absorbed", "shared", "size", "bits")
 BESIDE = ("latents/topk", "latents/relu")
 """Drawn on every page's picture."""
@@ -54,6 +56,9 @@ def page(card: Entry, points: list[dict[str, Any]], planted: list[dict[str, Any]
     for old, new in (("'", ""), ("(self, ", "("), (" -> None", "")):
         signature = signature.replace(old, new)
     out += ["## Arguments", "", "```", inspect.getdoc(card.load()) or "", "", signature, "```", ""]
+    claims = json.loads(CLAIMS.read_text())
+    if card.name in claims:
+        out += ["## What was seen here of what the paper claims", "", claims[card.name], ""]
     own = [p for p in points if p["method"] == card.name]
     if own:
         beside = [Point.from_json(p) for p in points if p["method"] in (card.name, *BESIDE, "latents/random")]
