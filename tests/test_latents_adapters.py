@@ -264,7 +264,7 @@ def test_identical_models_give_an_adapter_that_is_not_used():
     base = copy.deepcopy(_pair()[0]).float()
     branches, said = [TopK(D, 32, k=4, d_out=D, seed=n) for n in range(L)], []
     whole = Adapters(branches, base, copy.deepcopy(base))
-    train({"it": whole}, TensorStream(planted()[:16], 8), Recipe(steps=80, lr=0.01, log_every=1), on_log=said.append)
+    train({"it": whole}, TensorStream(planted()[:8], 4), Recipe(steps=60, lr=0.01, log_every=1), on_log=said.append)
     first, last = (said[i]["methods"]["it"] for i in (0, -1))
     assert first["l0"] > 2 and last["l0"] < 0.5
     assert last["kl"] < 1e-4 and last["nmse"] < 1e-3 * first["nmse"]
@@ -283,7 +283,9 @@ def run_of(folder=None, stop=0, **kw):
 
 
 def test_training_that_was_cut_off_goes_on_bit_for_bit(tmp_path):
+    torch.manual_seed(7)
     whole = run_of()
+    torch.manual_seed(7)
     with pytest.raises(KeyboardInterrupt):
         run_of(tmp_path / "run", stop=5)
     assert load_checkpoint(tmp_path / "run/checkpoints").step == 4

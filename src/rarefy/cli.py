@@ -220,8 +220,9 @@ def methods(as_json: AsJson = False) -> None:
 
         typer.echo(_dumps({"schema": 1, "methods": [asdict(e) for e in ENTRIES]}))
         return
+    wide = max(len(e.name) for e in ENTRIES)
     for e in ENTRIES:
-        typer.echo(f"{e.name:20} {e.unit:10} {e.fitted:11} {e.year}  {e.title}")
+        typer.echo(f"{e.name:{wide}} {e.unit:10} {e.fitted:11} {e.year}  {e.title}")
 
 
 @app.command()

@@ -56,6 +56,12 @@ MUTATIONS = {
         "tests/test_latents_selections.py -k rescaling"),
     "k falls too late": Mutation(
         "latents/annealing.py", "(k - begin) * done / steps)", "(k - begin) * done / (steps + 1))", "tests/test_latents_selections.py -k line"),
+    "an adapter's pull is not shared out over its runs": Mutation(
+        "latents/adapters.py", "self.y_ND - runs * self.pull_ND", "self.y_ND - self.pull_ND", "tests/test_latents_adapters.py -k through_the_hybrid"),
+    "branches are not pulled through later ones": Mutation(
+        "latents/adapters.py", "return y_ND + leaf_ND", "return y_ND.detach() + leaf_ND", "tests/test_latents_adapters.py -k through_the_hybrid"),
+    "latents held at zero are not": Mutation(
+        "latents/adapters.py", "else gone[n][chosen.index], 0)", "else ~gone[n][chosen.index], 0)", "tests/test_latents_adapters.py -k switched_off"),
     "top-AFA stops before the target": Mutation(
         "latents/top_afa.py", ".abs().argmin(-1) + 1", ".clamp_max(0).abs().argmin(-1) + 1", "tests/test_latents_selections.py -k afa"),
     "gradients are not looked at": Mutation(

@@ -96,7 +96,7 @@ class SuiteRequest:
             usable(card)
         check_settings(cards, self.settings)
         if self.suite not in ("planted", "phase"):
-            raise BadInput(f"no suite {self.suite!r}; there are planted, phase and, for runs, latents")
+            raise BadInput(f"no suite {self.suite!r}; there are planted, phase, othello and, for runs, latents")
         for kind in self.kinds:
             if kind not in KINDS or self.kinds.count(kind) > 1:
                 raise BadInput(f"kinds: {kind!r} is {'named twice' if kind in KINDS else 'no kind'}; there are {', '.join(KINDS)}")
