@@ -62,6 +62,20 @@ MUTATIONS = {
         "latents/adapters.py", "return y_ND + leaf_ND", "return y_ND.detach() + leaf_ND", "tests/test_latents_adapters.py -k through_the_hybrid"),
     "latents held at zero are not": Mutation(
         "latents/adapters.py", "else gone[n][chosen.index], 0)", "else ~gone[n][chosen.index], 0)", "tests/test_latents_adapters.py -k switched_off"),
+    "edges forget biases of attention": Mutation(
+        "circuits/transcoder_edges.py", "bias = (u_SGC * own.b_V_GC).sum() + (u_TD", "bias = (u_TD", "tests/test_circuit_edges.py -k sum_to_the_pre"),
+    "heads are dealt to the wrong values": Mutation(
+        "circuits/transcoder_edges.py", "u_SHC.unflatten(1, (own.W_V_GCD.shape[0], -1)).sum(2)",
+        "u_SHC.unflatten(1, (-1, own.W_V_GCD.shape[0])).sum(1)", "tests/test_circuit_edges.py -k value_times_gradient"),
+    "errors are what latents write": Mutation(
+        "circuits/transcoder_edges.py", "_writes(transcoder).to(self.embedding_TD) - always_D", "_writes(transcoder).to(self.embedding_TD)",
+        "tests/test_circuit_edges.py -k value_times_gradient"),
+    "a path goes on from a latent with its value": Mutation(
+        "circuits/transcoder_edges.py", "return _Open(steps, gives * trace.asks(n, edge.index, path.token)",
+        "return _Open(steps, edge.value * trace.asks(n, edge.index, path.token)", "tests/test_circuit_edges.py -k all_paths"),
+    "a head's path keeps the reader's token": Mutation(
+        "circuits/transcoder_edges.py", "u_HD[edge.index], edge.token, n, n)", "u_HD[edge.index], path.token, n, n)",
+        "tests/test_circuit_edges.py -k sources_sum"),
     "top-AFA stops before the target": Mutation(
         "latents/top_afa.py", ".abs().argmin(-1) + 1", ".clamp_max(0).abs().argmin(-1) + 1", "tests/test_latents_selections.py -k afa"),
     "gradients are not looked at": Mutation(

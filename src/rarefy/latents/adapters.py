@@ -48,7 +48,8 @@ class Adapters(Sparse):
     """The branches with the two models they are trained between; `train` reads token windows (TensorStream of ids [contexts, T]).
 
     What is trained and checkpointed is `branches` alone, one a layer: save each with `rarefy.save`, put them in with
-    `adapted`. The models are neither moved nor changed, and no gradient reaches them.
+    `adapted`. The models are neither moved nor changed, and no gradient reaches them. A branch counts the rows of every run
+    that it takes part in, at most three a step (`dead_after`).
 
     Args:
         branches: a transcoder (d_out given) for each layer, that reads and writes rows of the stream's width.

@@ -1,0 +1,1 @@
+"""Circuits: which units of a model act on which others, and by how much."""
