@@ -1,9 +1,9 @@
-"""Training and encoding speed of a TopK dictionary beside other libraries, on one CPU thread.
+"""Training and encoding speed of a TopK dictionary beside other libraries, on CPU.
 
     pip install --no-deps eai-sparsify sae-lens dictionary-learning overcomplete    # those not installed are left out
     python benchmarks/bench_latents.py [--cases A,B] [--rounds 3] [--steps 12] [--out FILE.md]
 
-Every contender works in a process of its own, pinned to one core with one thread; contenders alternate within a round,
+Every contender works in a process of its own, on one thread pinned to a core (or --threads 2); contenders alternate within a round,
 and figures are medians over rounds. tokens/s are of CPU time, which on one thread is wall time less what other programs
 took. A step is loss, backward, clipping, Adam and unit-norm decoder rows, each library's own way, AuxK where it has it.
 "floor" is the dense float32 encoder product alone, forward. "tuned" peers run with glibc told to keep its memory.
