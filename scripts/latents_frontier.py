@@ -94,12 +94,15 @@ def write(out: Path, steps: int, batch: int) -> None:
             f"| `{card.name}` | {card.year} | {m['l0'].mean:.1f} | {m['fvu'].mean:.3f} | {m['loss_recovered'].mean:.3f} "
             f"({m['loss_recovered'].low:.3f}-{m['loss_recovered'].high:.3f}) | {m['dead'].mean:.1%} |"
         )
+    absent = [f"`{card.name}`" for card in cards() if card.name not in {r["name"] for r in lines}]
+    missing = f"\nNot run, as they take the time of all others together: {', '.join(absent)}." if absent else ""
     page = (
         "# Every dictionary on the built-in model\n\n"
-        f"    python scripts/latents_frontier.py --out runs/frontier --write\n\n"
+        f"    python scripts/latents_frontier.py --out runs/frontier --steps {steps} --batch {batch} --write\n\n"
         f"`{SITE}` of the built-in model, {WIDTH:,} latents, {steps} steps of {batch:,} tokens of the standard library, one seed, each\n"
         "method's own defaults beside k or the penalty: what they do untuned and shortly trained, not the best that each can do.\n"
-        "Judged on held-out files; loss recovered is against zero ablation, with a 95 % interval over documents.\n\n"
+        "Judged on held-out files; loss recovered is against zero ablation, with a 95 % interval over documents."
+        f"{missing}\n\n"
         "![frontier](../pictures/latents.svg)\n\n" + "\n".join(rows) + "\n"
     )
     (ROOT / "docs/benchmarks/latents_frontier.md").write_text(page, encoding="utf-8")

@@ -32,20 +32,32 @@ def fit(folder, shards, plan=None, **kw):
     return {"weights": told(plan), "heard": [record["methods"] for record in heard]}
 
 
+class Cut:
+    """The stream whose power goes at step 6."""
+
+    made_from = TensorStream(rows(), B).made_from
+
+    def batches(self, start=0):
+        for step, batch in enumerate(TensorStream(rows(), B).batches(start), start):
+            if step == 6:
+                raise RuntimeError("the power went")
+            yield batch
+
+
+def cut_off(folder, shards):
+    with pytest.raises(RuntimeError, match="the power went"):
+        train({"topk": dictionary()}, Cut(), recipe(), folder, shards=shards)
+
+
 def taken_up(rank, folder):
     """Begun by two processes that share rows, gone on with by two that share latents."""
-    class Half:
-        made_from = TensorStream(rows(), B).made_from
-
-        def batches(self, start=0):
-            for step, batch in enumerate(TensorStream(rows(), B).batches(start), start):
-                if step == 6:
-                    raise RuntimeError("the power went")
-                yield batch
-
-    with pytest.raises(Exception):  # noqa: B017  the other process has another error
-        train({"topk": dictionary()}, Half(), recipe(), folder / "run")
+    cut_off(folder / "run", 1)
     return fit(folder / "run", 2, {"topk": dictionary()})
+
+
+def left(rank, folder):
+    """Begun by two processes that share latents; one process alone will go on."""
+    cut_off(folder / "run", 2)
 
 
 def moved(rank, folder):
@@ -67,7 +79,7 @@ def refused(rank, folder):
 
 
 SCENES = {
-    "shared": lambda rank, folder: fit(folder / "run", 2), "taken_up": taken_up, "moved": moved, "refused": refused,
+    "shared": lambda rank, folder: fit(folder / "run", 2), "taken_up": taken_up, "left": left, "moved": moved, "refused": refused,
     "both": lambda rank, folder: fit(folder / "run", 2),
 }
 
@@ -103,8 +115,17 @@ def test_a_checkpoint_is_that_of_the_whole(played):
 
 
 def test_a_run_is_taken_up_by_another_number_of_shards(played):
-    (first, _), run = played("taken_up")
+    (first, _), _ = played("taken_up")
+    assert len(first["heard"]) == 3                                         # of steps 6, 9 and 12: it went on from 4 and did not begin anew
     close(first["weights"], {k: v for k, v in fit(None, 1)["weights"].items() if k.startswith("topk/")})
+
+
+def test_a_run_of_shards_is_taken_up_by_one_process(played):
+    _, run = played("left")
+    assert load_checkpoint(run / "checkpoints").step == 4
+    alone = fit(run, 1, {"topk": dictionary()})
+    assert len(alone["heard"]) == 3
+    close(alone["weights"], {k: v for k, v in fit(None, 1)["weights"].items() if k.startswith("topk/")})
 
 
 def test_a_transcoder_is_shared_out_too(played):

@@ -231,8 +231,10 @@ def test_a_config_cannot_choose_its_attention(folder: Path, key: str) -> None:
 
 
 def test_tensors_that_the_model_does_not_use_are_ignored(folder: Path) -> None:
+    before = open_model(str(folder))[0].state_dict()
     save_file({**load_file(folder / "model.safetensors"), "extra.head": torch.zeros(3)}, folder / "model.safetensors", {"format": "pt"})
-    open_model(str(folder))
+    after = open_model(str(folder))[0].state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
 # ---------------------------------------------------------------------------------------------------------- Hub

@@ -18,6 +18,7 @@ import typer
 
 from .cli_exchange import add_exchange
 from .cli_latents import add_latents
+from .cli_options import AsJson, BatchSize, Context, Data, K, Model, Out, Rate, Seed, Settings, Site, Tokens, Width
 from .errors import BadInput, printable
 from .jobs.ending import guarded
 
@@ -26,15 +27,6 @@ app = typer.Typer(
     help="One instrument for sparsity in neural networks: make any part of a model sparse, and see what was kept and what was saved.",
 )
 MOST_BUDGETS = 200
-
-Model = Annotated[str, typer.Argument(help="`builtin`, a local Hugging Face folder, or a hub id such as org/name@revision.")]
-Data = Annotated[str, typer.Option(help="Text: `stdlib`, a folder, a .txt/.py/.jsonl file, several separated by commas, or datasets:NAME.")]
-Out = Annotated[Path, typer.Option(help="Folder to write; created if missing.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on standard output.")]
-Site = Annotated[str, typer.Option(help="Site name or glob, such as layers.3.resid_post or 'layers.*.*_proj'; see `rarefy sites`.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="A method's own argument, name=value; may be repeated.")]
-Context = Annotated[int, typer.Option(help="Tokens in a context.")]
-Tokens = Annotated[int, typer.Option(help="Most tokens to read from the data; 0 reads all.")]
 
 
 @app.callback()
@@ -61,18 +53,18 @@ def fit(
     site: Site = "",
     data: Data = "stdlib",
     out: Out = Path("runs/fit"),
-    width: Annotated[int, typer.Option(help="Latents of a dictionary.")] = 4096,
-    k: Annotated[int | None, typer.Option(help="Latents active a token, for methods that fix it; default 32.")] = None,
+    width: Width = 4096,
+    k: K = None,
     budget: Annotated[
         float | None, typer.Option(help="Fraction of units kept; default 0.5. Of latents, given instead of --k, it is k / width.")
     ] = None,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
-    batch: Annotated[int, typer.Option(help="Tokens a training step.")] = 2048,
-    lr: Annotated[float, typer.Option(help="Peak learning rate; 0 chooses by width.")] = 0.0,
+    batch: BatchSize = 2048,
+    lr: Rate = 0.0,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     context: Context = 512,
     tokens: Tokens = 400_000,
-    seed: Annotated[int, typer.Option(help="Seed of initialisation and data order.")] = 0,
+    seed: Seed = 0,
     target: Annotated[str, typer.Option(help="Site to reproduce, for transcoders; default the site read. Several, as for --site.")] = "",
     join: Annotated[
         str, typer.Option(help="Several sites (commas, globs): concat reads all as one row (crosscoder), mix each as a row of its own (multi-layer).")

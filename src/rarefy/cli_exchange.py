@@ -8,18 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_options import AsJson, Context, Model, Out
+
 Path_ = Annotated[Path, typer.Argument(metavar="PATH", help="A dictionary of SAELens, sparsify, dictionary_learning, Gemma Scope or circuit-tracer.")]
 Run = Annotated[Path, typer.Argument(help="A run of `rarefy fit` with a dictionary, or one of its methods/ folders.")]
-Model = Annotated[str, typer.Argument(help="`builtin`, a local Hugging Face folder, or a hub id such as org/name@revision.")]
-Out = Annotated[Path, typer.Option(help="Folder to write; created if missing.")]
 Format = Annotated[str, typer.Option("--format", help="saelens, saelens-v5, sparsify, dictionary_learning, gemma_scope or circuit-tracer.")]
 Method = Annotated[str, typer.Option(help="Which dictionary, where the run has several.")]
 Site = Annotated[str, typer.Option(help="Site it reads, in any words `rarefy sites` knows; default what its files say.")]
 Target = Annotated[str, typer.Option(help="Site it reproduces, of transcoders; default what its files say.")]
 Data = Annotated[str, typer.Option(help="Text to judge it on later, less what is held out of it; see `rarefy fit`.")]
-Context = Annotated[int, typer.Option(help="Tokens in a context.")]
 Tokens = Annotated[int, typer.Option(help="Tokens of the text that are not judged on.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on standard output.")]
 
 
 def add_exchange(app: typer.Typer, screen: Callable[[bool], Any], show: Callable[[Any, bool, Path], None]) -> None:

@@ -8,26 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_options import AsJson, BatchSize, Context, Data, K, Out, Rate, Seed, Settings, Site, Tokens, Width
+
 Run = Annotated[Path, typer.Argument(help="A run of `rarefy fit latents/...` at layers.N.attn.z.")]
 Latent = Annotated[list[int] | None, typer.Option(help="Latent to look at; may be repeated. Default: eight striking ones.")]
 Places = Annotated[int, typer.Option(help="Strongest places shown of each latent.")]
 Method = Annotated[str, typer.Argument(help="A dictionary method, such as latents/topk.")]
 Models = Annotated[list[str], typer.Argument(help="Checkpoints of one model's training, in their order.")]
-Site = Annotated[str, typer.Option(help="Site name, such as layers.3.resid_post; see `rarefy sites`.")]
-Data = Annotated[str, typer.Option(help="Text: `stdlib`, a folder, a .txt/.py/.jsonl file, several separated by commas, or datasets:NAME.")]
-Out = Annotated[Path, typer.Option(help="Folder to write; created if missing.")]
-Width = Annotated[int, typer.Option(help="Latents of the dictionary.")]
-K = Annotated[int | None, typer.Option(help="Latents active a token, for methods that fix it; default 32.")]
 Steps = Annotated[int, typer.Option(help="Training steps at the first checkpoint.")]
 LaterSteps = Annotated[int, typer.Option(help="Training steps at each later one, begun from the dictionary before.")]
 Cold = Annotated[bool, typer.Option("--cold", help="Begin every dictionary anew, to compare.")]
-BatchSize = Annotated[int, typer.Option(help="Tokens a training step.")]
-Rate = Annotated[float, typer.Option(help="Peak learning rate; 0 chooses by width.")]
-Context = Annotated[int, typer.Option(help="Tokens in a context.")]
-Tokens = Annotated[int, typer.Option(help="Most tokens to read from the data; 0 reads all.")]
-Seed = Annotated[int, typer.Option(help="Seed of initialisation and data order.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="The method's own argument, name=value; may be repeated.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on standard output.")]
 
 
 def add_latents(

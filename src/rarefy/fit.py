@@ -29,7 +29,7 @@ from .store.atomic import write_atomic
 from .store.checkpoint import diff_meta, load_checkpoint, save_checkpoint
 from .store.lines import append_line, read_lines, to_lines
 from .store.lock import RunLock
-from .streams import Batch, Stream, _digest
+from .streams import Batch, Stream, digest
 
 __all__ = ["Log", "Recipe", "calibrate", "train"]
 
@@ -209,7 +209,7 @@ def _meta(learners: list[Learner], stream: Stream, recipe: Recipe, begun: Collec
         "methods": {m.name: {"method": m.method.name, "dtype": str(m.dtype).removeprefix("torch."), **m.method.arguments} for m in learners},
         "recipe": {**asdict(recipe), "betas": list(recipe.betas)},
         "data": stream.made_from,
-        **({"begun": {m.name: _digest(m.method.state_dict()) for m in learners if m.name in begun}} if begun else {}),
+        **({"begun": {m.name: digest(m.method.state_dict()) for m in learners if m.name in begun}} if begun else {}),
     }
 
 

@@ -43,7 +43,7 @@ class Stream(Protocol):
         ...
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
+def digest(tensors: dict[str, Tensor]) -> str:
     """Hash of names, dtypes, shapes and elements; of a tensor on the meta device, which has none, without them."""
     total = xxhash.xxh3_128()
     for name, tensor in tensors.items():
@@ -65,8 +65,9 @@ def _order(n: int, seed: int, number: int, salt: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(mixed % 2**63))
 
 
-def _weights(model: nn.Module) -> str:
-    return _digest({k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)})
+def weights_digest(model: nn.Module) -> str:
+    """`digest` of all that a model's state holds."""
+    return digest({k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)})
 
 
 def _names(model: nn.Module, given: str | Sequence[str]) -> tuple[str, ...]:
@@ -92,7 +93,7 @@ class TensorStream:
             raise BadInput(f"{len(x_ND)} rows in but targets of shape {list(y_NE.shape)}; give one target a row, [rows, width]")
         self.x_ND, self.y_NE, self.size, self.seed = x_ND, x_ND if y_NE is None else y_NE, size, seed
         held = {"x": x_ND} if y_NE is None else {"x": x_ND, "y": y_NE}
-        self.made_from = {"rows": _digest(held), "shape": list(x_ND.shape), "size": size, "seed": seed}
+        self.made_from = {"rows": digest(held), "shape": list(x_ND.shape), "size": size, "seed": seed}
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """See Stream."""
@@ -239,10 +240,10 @@ class LiveStream:
         if self._made_from is None:
             one, flow = not self.flow.join, self.flow
             self._made_from = {
-                "model": _weights(self.model), "site": flow.sites[0] if one else list(flow.sites),
-                "target": flow.targets[0] if one else list(flow.targets), "tokens": _digest({"": self.windows_NT}), "buffer": self.buffer,
+                "model": weights_digest(self.model), "site": flow.sites[0] if one else list(flow.sites),
+                "target": flow.targets[0] if one else list(flow.targets), "tokens": digest({"": self.windows_NT}), "buffer": self.buffer,
                 "at_once": self.at_once, "size": self.size, "seed": self.seed, "skip": self.skip, **({} if one else {"join": flow.join}),
-                **({"beside": _weights(self.beside)} if self.beside is not None else {}),
+                **({"beside": weights_digest(self.beside)} if self.beside is not None else {}),
             }
         return self._made_from
 

@@ -6,8 +6,6 @@ import pickle
 import random
 import shutil
 import struct
-import time
-import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from bounds import Bounds
 from rarefy.errors import BadInput, Damaged, RarefyError, Unsupported
 from rarefy.formats import read_dictionary
 from rarefy.formats.files import npz
@@ -31,18 +30,7 @@ ONE_EACH = [
 @pytest.fixture
 def bounded():
     """Seconds and 50 MB for what is inside."""
-
-    class Bounds:
-        def __enter__(self):
-            tracemalloc.start()
-            self.began = time.perf_counter()
-
-        def __exit__(self, *_):
-            seconds, peak = time.perf_counter() - self.began, tracemalloc.get_traced_memory()[1]
-            tracemalloc.stop()
-            assert seconds < 5 and peak < 50e6, (seconds, peak)
-
-    return Bounds()
+    return Bounds(5, 50e6)
 
 
 def copy(tmp_path, name):

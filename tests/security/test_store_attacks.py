@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 import struct
-import time
-import tracemalloc
 
 import pytest
 import torch
 from torch import nn
 
+from bounds import Bounds
 from rarefy.cost import Cost
 from rarefy.errors import BadInput, Damaged, RarefyError
 from rarefy.method import Sparse, positive
@@ -42,22 +40,8 @@ class Toy(Sparse):
 
 @pytest.fixture
 def bounded():
-    """One second and 100 MB for the attack inside."""
-
-    class Bounds:
-        def __enter__(self):
-            tracemalloc.start()
-            self.began = time.perf_counter()
-            self.before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-        def __exit__(self, *_):
-            seconds, peak = time.perf_counter() - self.began, tracemalloc.get_traced_memory()[1]
-            tracemalloc.stop()
-            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self.before) * 1024
-            # tracing slows allocation by a few times; the bound of 1 s holds without it
-            assert seconds < 4 and peak < 100e6 and grown < 200e6, (seconds, peak, grown)
-
-    return Bounds()
+    """One second and 100 MB for the attack inside, without tracing."""
+    return Bounds(4, 100e6, 200e6)
 
 
 def store(root, n=10):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,6 +33,7 @@ from .folder import refuse_early, run_folder
 from .foreign import check_foreign, settle_all, take_up_foreign
 from .models import Opened, check_context, cut_text, digest, opened, probe, read_documents
 from .objective import check_objective, check_plain, in_model, take_up, window_stream
+from .request import Request
 from .screen import Screen
 
 ACTIVATIONS = "activations"
@@ -41,7 +42,7 @@ AT_ONCE, SKIP = 16, 1
 
 
 @dataclass
-class FitRequest:
+class FitRequest(Request):
     """Everything `rarefy fit` was asked for; kept in the run."""
 
     methods: list[str]
@@ -71,10 +72,6 @@ class FitRequest:
     """None: 1.0, where the objective has it."""
     resume_from: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
-
-    def record(self) -> dict[str, Any]:
-        """Plain JSON, without the folder it goes to: a run may be moved."""
-        return {key: value for key, value in asdict(self).items() if key != "out"}
 
     @classmethod
     def of(cls, record: Mapping[str, Any], out: Path) -> Self:

@@ -26,6 +26,7 @@ from ..tasks.planted import check_sizes
 from ..tasks.planted_kinds import KINDS, Truth, plant
 from .build import check_names, check_settings
 from .folder import refuse_early, run_folder
+from .request import Request
 from .screen import Screen
 from .suite_measures import fixed, measures, shared
 from .suite_plan import Search, build, knob, usable
@@ -54,7 +55,7 @@ class Cell:
 
 
 @dataclass
-class SuiteRequest:
+class SuiteRequest(Request):
     """Everything that was asked for; kept in the run."""
 
     methods: list[str]
@@ -77,10 +78,6 @@ class SuiteRequest:
     judged: int = 8192
     lr: float = 0.01
     settings: dict[str, Any] = field(default_factory=dict)
-
-    def record(self) -> dict[str, Any]:
-        """Plain JSON, without the folder it goes to: a run may be moved."""
-        return {key: value for key, value in asdict(self).items() if key != "out"}
 
     def cells(self) -> list[Cell]:
         """What is to be judged, in order."""

@@ -8,7 +8,7 @@ weights were never trained shows what the tokens alone give away.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from ..tasks.learned import Activations, Learned, read
 from ..tasks.othello import Games, games, labels
 from .build import check_names, check_settings
 from .folder import refuse_early, run_folder
+from .request import Request
 from .screen import Screen
 from .suite_plan import build, knob, usable
 from .suite_result import figure, short
@@ -48,7 +49,7 @@ JUDGED = 600
 
 
 @dataclass
-class OthelloRequest:
+class OthelloRequest(Request):
     """Everything that was asked for; kept in the run."""
 
     methods: list[str]
@@ -60,10 +61,6 @@ class OthelloRequest:
     steps: int = 1500
     batch: int = 512
     settings: dict[str, Any] = field(default_factory=dict)
-
-    def record(self) -> dict[str, Any]:
-        """Plain JSON, without the folder it goes to."""
-        return {key: value for key, value in asdict(self).items() if key != "out"}
 
     def check(self) -> list[Entry]:
         """Cards of the methods. Raises BadInput for whatever can be seen to be wrong before anything is trained."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from .build import check_budget, check_names, check_settings, make_plan, places,
 from .folder import refuse_early, run_folder
 from .models import Opened, check_context, cut_text, digest, opened, probe, read_documents
 from .report import PLURAL, sweep_report, verdict, write_report
+from .request import Request
 from .screen import Screen, points_table
 
 MAY_GROW = ("request.methods", "request.budgets")
@@ -23,7 +24,7 @@ MAY_GROW = ("request.methods", "request.budgets")
 
 
 @dataclass
-class SweepRequest:
+class SweepRequest(Request):
     """Everything `rarefy sweep` was asked for."""
 
     methods: list[str]
@@ -36,10 +37,6 @@ class SweepRequest:
     tokens: int = 20_000
     calibration: int = 20_000
     settings: dict[str, Any] = field(default_factory=dict)
-
-    def record(self) -> dict[str, Any]:
-        """Plain JSON, without the folder it goes to: a run may be moved."""
-        return {key: value for key, value in asdict(self).items() if key != "out"}
 
     def check(self) -> dict[str, Entry]:
         """Cards of the methods. Raises BadInput for whatever can be seen to be wrong without a model or data."""

@@ -9,7 +9,7 @@ Shape letters: N = rows (tokens), D = width, F = latents, K = strongest rows of 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from .dictionaries import TopContexts, active, rows_of
 from .fit import FitRequest, fit
 from .folder import refuse_early, run_folder
 from .models import Opened, cut_text, opened, read_documents
+from .request import Request
 from .screen import Screen
 
 SERIES = "series.jsonl"
@@ -36,7 +37,7 @@ STRONGEST = 20
 
 
 @dataclass
-class TrackRequest:
+class TrackRequest(Request):
     """Everything `rarefy track` was asked for; kept in the run."""
 
     method: str
@@ -56,10 +57,6 @@ class TrackRequest:
     judge_tokens: int = 20_000
     seed: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
-
-    def record(self) -> dict[str, Any]:
-        """Plain JSON, without the folder it goes to: a run may be moved."""
-        return {key: value for key, value in asdict(self).items() if key != "out"}
 
     def runs(self) -> list[FitRequest]:
         """One fit a checkpoint. Cold ones have seeds of their own, or they would all begin at the same directions."""

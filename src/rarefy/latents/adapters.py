@@ -36,7 +36,7 @@ from ..method import Loss, Sparse, not_negative
 from ..places import all_sites
 from ..selection import Selection
 from ..site import replaced
-from ..streams import _digest
+from ..streams import weights_digest
 from .dictionary import Dictionary
 from .end_to_end import kl_of_logits, refuse_other_losses
 
@@ -93,7 +93,7 @@ class Adapters(Sparse):
     def arguments(self) -> dict[str, Any]:
         """The branches' own, and what they are trained on; a run taken up again must agree with all of it."""
         if not all(self._named):
-            self._named = tuple(_digest({k: v for k, v in m.state_dict().items() if isinstance(v, Tensor)}) for m in self._held)
+            self._named = tuple(weights_digest(m) for m in self._held)
         own = [{"dictionary": b.name, **b.arguments} for b in self._all()]
         return {"base": self._named[0], "tuned": self._named[1], **self.weights, "branches": own, "width": own[0]["width"]}
 

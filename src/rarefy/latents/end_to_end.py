@@ -29,7 +29,7 @@ from ..families import config_of
 from ..method import Loss, Sparse, not_negative
 from ..places import known_sites, sites
 from ..site import replaced
-from ..streams import _digest
+from ..streams import weights_digest
 from .dictionary import Dictionary
 
 SKIP = 1
@@ -76,7 +76,7 @@ class EndToEnd(Sparse):
     def arguments(self) -> dict[str, Any]:
         """The dictionary's own, and what it is trained on; a run taken up again must agree with all of it."""
         if not self._named:
-            self._named = _digest({k: v for k, v in self.model.state_dict().items() if isinstance(v, Tensor)})
+            self._named = weights_digest(self.model)
         mine = {"objective": "e2e", "model": self._named, "site": self.site, "target": self.target, "downstream": self.downstream}
         return {**self.dictionary.arguments, **mine, "dictionary": self.dictionary.name}
 
