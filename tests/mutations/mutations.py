@@ -296,7 +296,7 @@ MUTATIONS = {
     "each seed is compared with itself": Mutation(
         "jobs/suite_measures.py", "for j in range(count) if j != i) / (count - 1)", "for j in range(count) if j != i) / count",
         "tests/test_tasks_latents_suite.py -k averaged"),
-    "the model of a stream is not named": Mutation("streams.py", '"model": _weights(self.model), ', "", "tests/test_fit.py -k another_model"),
+    "the model of a stream is not named": Mutation("streams.py", '"model": weights_digest(self.model), ', "", "tests/test_fit.py -k another_model"),
     "the pseudo-residual points uphill": Mutation(
         "latents/end_to_end.py", "residual_NE = -(y_hat_NE.numel() / 2)", "residual_NE = (y_hat_NE.numel() / 2)",
         "tests/test_latents_in_model.py -k gradient_is_that_through"),
