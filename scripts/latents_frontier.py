@@ -101,6 +101,7 @@ def write(out: Path, steps: int, batch: int) -> None:
         f"    python scripts/latents_frontier.py --out runs/frontier --steps {steps} --batch {batch} --write\n\n"
         f"`{SITE}` of the built-in model, {WIDTH:,} latents, {steps} steps of {batch:,} tokens of the standard library, one seed, each\n"
         "method's own defaults beside k or the penalty: what they do untuned and shortly trained, not the best that each can do.\n"
+        f"Methods without a k have {', '.join(f'{p:g}' for p in PENALTIES)} times the default penalty, which is meant for longer runs.\n"
         "Judged on held-out files; loss recovered is against zero ablation, with a 95 % interval over documents."
         f"{missing}\n\n"
         "![frontier](../pictures/latents.svg)\n\n" + "\n".join(rows) + "\n"
