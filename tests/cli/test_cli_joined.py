@@ -123,6 +123,7 @@ def test_groups_of_layers(run: Run, tiny: Path, corpus: Path) -> None:
     assert run(*words, "--groups", 2, "--json").json["groups"] == [[site] for site in BOTH.split(",")]
     refuses(run(*words, "--groups", 3), "--groups 3", "1..2")
     refuses(run(*words, "--linkage", "best"), "--linkage 'best'", "complete")
+    refuses(run(*words, "--site", "layers.0.q_proj"), "--site layers.0.q_proj names no stream site")
 
 
 @pytest.mark.parametrize("methods, more, says", [

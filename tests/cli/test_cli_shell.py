@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from cli_tools import CONTEXT, Run, refuses, snapshot
 
 from rarefy import catalogue
+from rarefy.cli import app
 from rarefy.jobs import fit as fit_job
 from rarefy.jobs.screen import Screen
 
-COMMANDS = ("demo", "fit", "judge", "sweep", "apply", "methods", "sites", "show", "check")
+COMMANDS = tuple(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+"""All there are, so that none is forgotten here."""
 
 
 def shell(*words: Any, **environment: str) -> subprocess.CompletedProcess[bytes]:

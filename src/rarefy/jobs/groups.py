@@ -46,6 +46,8 @@ def groups(
     docs = read_documents(data, screen)
     found = opened(model, screen)
     names = list(dict.fromkeys(name for part in names_in(site) for name, s in sites(found.model, part).items() if s.kind == "stream"))
+    if not names:
+        raise BadInput(f"--site {site} names no stream site, whose rows have angles; give such as 'layers.*.resid_post'")
     if not 1 <= count <= len(names):
         raise BadInput(f"--groups {count} must be in 1..{len(names)}, the sites named")
     text: Text = cut_text(docs, found, screen, context=context, fit_tokens=tokens, judge_tokens=1)
