@@ -20,7 +20,7 @@ from ..kernels.sparse_encode import encode_top_k
 from ..method import Loss, not_negative, positive
 from ..selection import Selection, check_finite
 from ..world import Shards
-from .dictionary import Dictionary, Widths, diagnostics
+from .dictionary import Dictionary, Widths
 
 
 class TopK(Dictionary):
@@ -114,10 +114,8 @@ class TopK(Dictionary):
         if aux is not None:
             trained["aux"] = aux
         on = chosen.on
-        self.fired(chosen.index[on] if chosen.index is not None else on.any(0).nonzero()[:, 0], len(x_BD))
-        parts = {**trained, **diagnostics(y_BE, y_hat_BE, on.sum() / max(1, len(x_BD)))}
-        parts["dead"] = (self.idle_F > self.dead_after).float().mean()
-        return Loss(sum(list(trained.values())[1:], trained["mse"]), parts)
+        unit_M = chosen.index[on] if chosen.index is not None else on.any(0).nonzero()[:, 0]
+        return self.ended(trained, y_BE, y_hat_BE, unit_M, on.sum(), self.dead_after)
 
     def shard(self, shards: Shards) -> TopK:
         """See Sparse.shard."""

@@ -18,7 +18,6 @@ from ...errors import BadInput
 from ...method import Loss
 from ...method import positive as whole
 from ...selection import Selection
-from ..dictionary import diagnostics
 from .coded import Coded
 from .pursuit import pursuit
 from .support import implicit
@@ -69,12 +68,9 @@ class OMP(Coded):
         chosen = self.select(x)
         y_BD = self.scaled(y)
         y_hat_BD = self.combine(chosen, self.b_dec_D)
-        mse = mse_loss(y_hat_BD, y_BD)
         on_BK = chosen.weight.detach() != 0
         assert chosen.index is not None
-        self.fired(chosen.index[on_BK], len(x))
-        dead = (self.idle_F > self.dead_after).float().mean()
-        return Loss(mse, {"mse": mse, **diagnostics(y_BD, y_hat_BD, on_BK.sum() / max(1, len(x))), "dead": dead})
+        return self.ended({"mse": mse_loss(y_hat_BD, y_BD)}, y_BD, y_hat_BD, chosen.index[on_BK], on_BK.sum(), self.dead_after)
 
     def cost(self, density: float | None = None) -> Cost:
         """One dense product an atom taken, the Gram matrix and solves of those taken, and their decoder rows."""
