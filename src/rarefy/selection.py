@@ -57,6 +57,11 @@ class Selection:
         on = self.weight != 0
         return on if self.mask_ is None else on & self.mask_
 
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(row, unit, weight), each [M], of a selection of rows: those that are `on`, rows ascending."""
+        row_M, at_M = self.on.nonzero(as_tuple=True)
+        return row_M, at_M if self.index is None else self.index[row_M, at_M], self.weight[row_M, at_M]
+
     @property
     def count(self) -> Tensor:
         """[...] units kept in each row."""

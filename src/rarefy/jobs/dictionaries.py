@@ -130,9 +130,8 @@ def _exact(value: float) -> Interval:
 
 def active(method: Sparse, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(latent, value, row), each [M]: the latents that fire on rows, in index form."""
-    selection = method.select(x_ND)
-    row_M, at_M = selection.on.nonzero(as_tuple=True)
-    return at_M if selection.index is None else selection.index[row_M, at_M], selection.weight[row_M, at_M], row_M
+    row_M, latent_M, value_M = method.select(x_ND).pairs()
+    return latent_M, value_M, row_M
 
 
 class TopContexts:

@@ -23,6 +23,7 @@ from ..site import capture
 from ..tasks.absorption import absorption
 from ..tasks.codes import Codes, Lens
 from ..tasks.disentangle import ReadOut, control, disentangle, read_out
+from ..tasks.learned import decoder_of
 from ..tasks.logistic import Probes, fit_probes
 from ..tasks.probing import probe_codes, probe_rows
 from ..tasks.python_rows import KINDS, PARENTS, PythonRows, python_rows
@@ -85,10 +86,7 @@ def lens_of(method: Sparse, x_ND: Tensor) -> Lens:
 
 def _directions(method: Sparse, x_ND: Tensor, latent_M: Tensor, value_M: Tensor, row_M: Tensor) -> Tensor:
     """[F, D] decoder rows in the rows' units, checked against what the dictionary itself makes of a few rows."""
-    rows_FD = getattr(method, "W_dec_FD", None)
-    if not isinstance(rows_FD, Tensor) or rows_FD.shape[-1] != x_ND.shape[1]:
-        raise BadInput(f"{method.name} has no decoder of directions in the stream it reads; the suite judges autoencoders of one site")
-    direction_FD = rows_FD.detach().float() / getattr(method, "scale_out", torch.ones(()))
+    direction_FD = decoder_of(method, x_ND.shape[1]).float() / getattr(method, "scale_out", torch.ones(()))
     few = min(64, len(x_ND))
     made_ND = method(x_ND[:few]).float()
     z_NF = torch.zeros(few, len(direction_FD))

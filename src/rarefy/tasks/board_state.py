@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import BadInput
 from .learned import Activations
 from .logistic import fit_probes
+from .recovered import f1
 
 SHARES = tuple(i / 10 for i in range(10))
 """Thresholds, as shares of a latent's largest activation on the rows chosen on."""
@@ -58,17 +59,12 @@ def held_state(codes: Activations, labels_NC: Tensor, choose_N: Tensor) -> Held:
     f1_HGC = 2 * true_HGC / (fired_HG[..., None] + labels_NC[choose_N].sum(0)).clamp_min(1)
     flat_C = f1_HGC.flatten(0, 1).argmax(0)
     share_C, latent_C = torch.tensor(SHARES)[flat_C // codes.width], flat_C % codes.width
-    value_NC = _columns(codes, latent_C)[~choose_N]
+    value_NC = codes.columns(latent_C)[~choose_N]
     truth_NC = labels_NC[~choose_N]
-    f1_C = _f1((value_NC > share_C * most_G[latent_C]) & (value_NC > 0), truth_NC, 0)
+    f1_C = f1((value_NC > share_C * most_G[latent_C]) & (value_NC > 0), truth_NC).float()
     precise_HGC = (true_HGC >= PRECISE * fired_HG[..., None]) & (true_HGC >= 10)
     said_NC = _votes(codes, precise_HGC, most_G)[~choose_N]
-    return Held(float(f1_C.mean()), float(_f1(said_NC, truth_NC, 1).mean()), float(auroc(value_NC, truth_NC).mean()), f1_C, latent_C)
-
-
-def _f1(said_NC: Tensor, truth_NC: Tensor, dim: int) -> Tensor:
-    both = (said_NC & truth_NC).sum(dim).float()
-    return 2 * both / (said_NC.sum(dim) + truth_NC.sum(dim)).clamp_min(1)
+    return Held(float(f1_C.mean()), float(f1(said_NC.T, truth_NC.T).mean()), float(auroc(value_NC, truth_NC).mean()), f1_C, latent_C)
 
 
 def _pieces(codes: Activations) -> list[tuple[int, Tensor]]:
@@ -94,11 +90,6 @@ def _counts(codes: Activations, labels_NC: Tensor, choose_N: Tensor, most_G: Ten
             true_HGC[h] += on_nG.T @ label_nC
             fired_HG[h] += on_nG.sum(0)
     return true_HGC, fired_HG
-
-
-def _columns(codes: Activations, latent_C: Tensor) -> Tensor:
-    """[N, C] absolute activations of some latents."""
-    return torch.cat([value_nG[:, latent_C] for _, value_nG in _pieces(codes)])
 
 
 def _votes(codes: Activations, precise_HGC: Tensor, most_G: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn.functional import embedding_bag
 
 from ..errors import BadInput
 from ..method import Sparse
-from ..selection import Selection, check_finite
+from ..selection import check_finite
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,16 @@ class Activations:
     def l0(self) -> float:
         """Latents on a row."""
         return len(self.value) / self.rows
+
+    def columns(self, latent_C: Tensor) -> Tensor:
+        """[N, C] absolute activations of some latents, one of which may be named twice; zeros for latent -1."""
+        some, back_C = latent_C.unique(return_inverse=True)
+        place_G = torch.full((self.width,), -1)
+        place_G[some[some >= 0]] = (some >= 0).nonzero()[:, 0]
+        column_M = place_G[self.latent]
+        there_M = column_M >= 0
+        out_NS = torch.zeros(self.rows, len(some)).index_put_((self.row[there_M], column_M[there_M]), self.value[there_M].abs())
+        return out_NS[:, back_C]
 
     def times(self, decoder_GD: Tensor) -> Tensor:
         """[N, D] codes @ decoder, in the decoder's dtype; work in proportion to what is on."""
@@ -108,23 +118,14 @@ def read(method: Sparse, x_ND: Tensor, at_once: int = 2048) -> Learned:
     parts, outs = [], []
     for start in range(0, len(x_ND), at_once):
         x = x_ND[start : start + at_once]
-        parts.append(_active(made.select(x), start))
+        row_M, latent_M, value_M = made.select(x).pairs()
+        parts.append((row_M + start, latent_M, value_M.float()))
         outs.append(made(x).float())
     row_M, latent_M, value_M = (torch.cat(part) for part in zip(*parts, strict=True))
     decoder = decoder.float() / getattr(made, "scale_out", torch.ones(()))
     encoder = getattr(made, "W_enc_FD", None)
     encoder = decoder if not isinstance(encoder, Tensor) else encoder.detach().float()
     return Learned(Activations(row_M, latent_M, value_M, len(x_ND), len(decoder)), decoder, encoder, torch.cat(outs))
-
-
-def _active(selection: Selection, start: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, latent, value) of what is selected and not zero."""
-    weight = selection.weight.float()
-    if selection.index is not None:
-        row_M, at_M = (weight != 0).nonzero(as_tuple=True)
-        return row_M + start, selection.index[row_M, at_M], weight[row_M, at_M]
-    row_M, latent_M = (selection.mask & (weight != 0)).nonzero(as_tuple=True)
-    return row_M + start, latent_M, weight[row_M, latent_M]
 
 
 def perfect(codes_NG: Tensor, decoder_GD: Tensor) -> Learned:

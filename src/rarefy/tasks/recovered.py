@@ -39,7 +39,7 @@ def feature_f1(codes: Activations, on_NF: Tensor, match_F: Tensor) -> Tensor:
         raise BadInput(f"on {list(on_NF.shape)} must be [{codes.rows}, {len(match_F)}], with at least two rows")
     out_F = torch.zeros(len(match_F), dtype=torch.float64)
     for at in torch.arange(len(match_F)).split(_AT_ONCE):
-        value_NC = _columns(codes, match_F[at])
+        value_NC = codes.columns(match_F[at])
         tau_C = _best_threshold(value_NC[::2], on_NF[::2, at])
         out_F[at] = f1(value_NC[1::2] > tau_C, on_NF[1::2, at])
     return out_F
@@ -49,17 +49,6 @@ def f1(said_NC: Tensor, true_NC: Tensor) -> Tensor:
     """[C] of bool columns; 0 where there is nothing to find and nothing said."""
     hit_C = (said_NC & true_NC).sum(0).double()
     return 2 * hit_C / (said_NC.sum(0) + true_NC.sum(0)).clamp_min(1)
-
-
-def _columns(codes: Activations, latent_C: Tensor) -> Tensor:
-    """[N, C] absolute activations of some latents; zeros for latent -1."""
-    keep_C = latent_C >= 0
-    place_G = torch.full((codes.width,), -1)
-    place_G[latent_C[keep_C]] = keep_C.nonzero()[:, 0]
-    column_M = place_G[codes.latent]
-    there_M = column_M >= 0
-    out_NC = torch.zeros(codes.rows, len(latent_C))
-    return out_NC.index_put_((codes.row[there_M], column_M[there_M]), codes.value[there_M].abs())
 
 
 def _best_threshold(value_NC: Tensor, true_NC: Tensor) -> Tensor:
