@@ -204,17 +204,17 @@ def apply_(
 
 @app.command()
 def methods(as_json: AsJson = False) -> None:
-    """List every method: unit, how it is fitted, paper, year."""
-    from .catalogue import ENTRIES
+    """List every method, pattern, cache policy, map and task: unit, how it is fitted, paper, year."""
+    from .catalogue import CARDS
 
     if as_json:
         from dataclasses import asdict
 
-        typer.echo(_dumps({"schema": 1, "methods": [asdict(e) for e in ENTRIES]}))
+        typer.echo(_dumps({"schema": 1, "methods": [asdict(e) for e in CARDS]}))
         return
-    wide = max(len(e.name) for e in ENTRIES)
-    for e in ENTRIES:
-        typer.echo(f"{e.name:{wide}} {e.unit:10} {e.fitted:11} {e.year}  {e.title}")
+    wide = max(len(e.name) for e in CARDS)
+    for e in CARDS:
+        typer.echo(f"{e.name:{wide}} {e.kind:8} {e.unit:12} {e.fitted:11} {e.year}  {e.title}")
 
 
 @app.command()

@@ -61,9 +61,9 @@ def test_words_that_are_no_command_line(run: Run) -> None:
 
 
 def test_methods_and_sites(run: Run, tiny: Path) -> None:
-    assert [m["name"] for m in run("methods", "--json").json["methods"]] == [e.name for e in catalogue.ENTRIES]
+    assert [m["name"] for m in run("methods", "--json").json["methods"]] == [e.name for e in catalogue.CARDS]
     plain = run("methods").out.splitlines()
-    assert len(plain) == len(catalogue.ENTRIES) and all(e.name in line and e.title in line for e, line in zip(catalogue.ENTRIES, plain, strict=True))
+    assert len(plain) == len(catalogue.CARDS) and all(e.name in line and e.title in line for e, line in zip(catalogue.CARDS, plain, strict=True))
     found = run("sites", tiny, "layers.1.*_proj", "--json").json
     assert found["schema"] == 1 and {s["name"].split(".")[-1]: s["d"] for s in found["sites"]} == {
         "q_proj": 32, "k_proj": 16, "v_proj": 16, "o_proj": 32, "gate_proj": 48, "up_proj": 48, "down_proj": 32,

@@ -1,41 +1,8 @@
-"""One line a method. The CLI's list, the docs' table, the loader and the contract tests all read this."""
+"""Dictionaries."""
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import dataclass
-from importlib import import_module
-from typing import TYPE_CHECKING
-
-from .errors import BadInput
-
-if TYPE_CHECKING:
-    from .method import Sparse
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A method's card."""
-
-    name: str
-    target: str
-    """"module:Class" below rarefy."""
-    unit: str
-    title: str
-    """Exact title of the paper, or what the baseline is."""
-    year: int
-    fitted: str
-    """none | calibrated | trained"""
-    replaces: str
-    """What dense thing it stands in for."""
-    link: str = ""
-    baseline: bool = False
-
-    def load(self) -> type[Sparse]:
-        """The method's class; this is where torch is imported."""
-        module, _, cls = self.target.partition(":")
-        return getattr(import_module(f"rarefy.{module}"), cls)
-
+from .entry import Entry
 
 _AE = "autoencoder of activations"
 _SCALING = "Scaling and evaluating sparse autoencoders"
@@ -66,23 +33,4 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("latents/gated_p_annealed", "latents.gated_p_annealed:GatedPAnnealed", "latent", _BOARDS, 2024, "trained", _AE, "https://arxiv.org/abs/2408.00113"),
     Entry("latents/sparse_coding", "latents.coding.sparse_coding:SparseCoding", "latent", "Emergence of simple-cell receptive field properties by learning a sparse code for natural images", 1996, "trained", _AE, "https://doi.org/10.1038/381607a0"),
     Entry("latents/omp", "latents.coding.omp:OMP", "latent", "Orthogonal Matching Pursuit: Recursive Function Approximation with Applications to Wavelet Decomposition", 1993, "trained", _AE, "https://doi.org/10.1109/ACSSC.1993.342465"),
-    Entry("weights/random", "weights.random:RandomWeights", "weight", "baseline: weights kept at random", 2015, "none", "linear layer", baseline=True),
-    Entry("weights/magnitude", "weights.magnitude:Magnitude", "weight", "Learning both Weights and Connections for Efficient Neural Networks", 2015, "none", "linear layer", "https://arxiv.org/abs/1506.02626", baseline=True),
-    Entry("weights/wanda", "weights.wanda:Wanda", "weight", "A Simple and Effective Pruning Approach for Large Language Models", 2023, "calibrated", "linear layer", "https://arxiv.org/abs/2306.11695"),
-    Entry("neurons/random", "neurons.random:RandomNeurons", "neuron", "baseline: inputs of a linear layer kept at random", 2024, "none", "linear layer", baseline=True),
-    Entry("neurons/teal", "neurons.teal:Teal", "neuron", "Training-Free Activation Sparsity in Large Language Models", 2024, "calibrated", "linear layer", "https://arxiv.org/abs/2408.14690"),
-    Entry("neurons/wina", "neurons.wina:Wina", "neuron", "WINA: Weight Informed Neuron Activation for Accelerating Large Language Model Inference", 2025, "none", "linear layer", "https://arxiv.org/abs/2505.19427"),
-    Entry("attention/random", "attention.random:RandomBlocks", "key block", "baseline: key blocks kept at random", 2020, "none", "softmax attention", baseline=True),
-    Entry("attention/window", "attention.window:WindowSinks", "key", "Efficient Streaming Language Models with Attention Sinks", 2023, "none", "softmax attention", "https://arxiv.org/abs/2309.17453", baseline=True),
-    Entry("attention/quest", "attention.quest:Quest", "key block", "QUEST: Query-Aware Sparsity for Efficient Long-Context LLM Inference", 2024, "none", "softmax attention", "https://arxiv.org/abs/2406.10774"),
 )
-_BY_NAME = {entry.name: entry for entry in ENTRIES}
-
-
-def entry(name: str) -> Entry:
-    """The card of a method, or BadInput listing the nearest names."""
-    if name in _BY_NAME:
-        return _BY_NAME[name]
-    near = difflib.get_close_matches(name, _BY_NAME, n=3, cutoff=0.4)
-    hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(_BY_NAME)}"
-    raise BadInput(f"unknown method {name!r}; {hint}")
