@@ -1,6 +1,6 @@
 """Specs of the catalogue's methods, one function a family.
 
-Shape letters: I, D = inputs; O = outputs; H, G = query and key heads; T, S = queries and keys.
+Shape letters: I, D = inputs; O = outputs.
 """
 
 from __future__ import annotations
@@ -17,19 +17,14 @@ from torch.nn.functional import linear
 from .. import catalogue
 from ..errors import BadInput
 from ..method import Sparse
-from .latents import FLIPS, NOTES, latents
+from .attention import NOTES as ATTENTION_NOTES
+from .attention import attention
+from .latents import NOTES as LATENT_NOTES
+from .latents import latents
 from .shapes import D_IN, D_OUT, rows
 from .spec import Inputs, Spec
 
 _NO_EXPORT = "inputs are checked for NaN before use, a branch on data that torch.export does not trace"
-
-
-def heads(batch: int, seed: int) -> Inputs:
-    """q [B, 4, 53, 20], k and v [B, 2, 53, 20]: 53 keys leave a ragged last block."""
-    generator = torch.Generator().manual_seed(seed)
-    q = torch.randn(batch, 4, 53, 20, generator=generator)
-    k, v = torch.randn(2, batch, 2, 53, 20, generator=generator).unbind()
-    return q, k, v
 
 
 def _module() -> nn.Linear:
@@ -116,58 +111,11 @@ def neurons(cls: type[Sparse], **arguments: Any) -> Spec:
     )
 
 
-def _causal(method: Any, inputs: Inputs) -> Tensor:
-    """softmax(q k / sqrt(D)) v over keys not later than the query, as two products."""
-    q, k, v = inputs
-    T, S = q.shape[2], k.shape[2]
-    share = q.shape[1] // k.shape[1]
-    score = q @ k.repeat_interleave(share, 1).mT / q.shape[-1] ** 0.5
-    later = ~torch.ones(T, S, dtype=torch.bool).tril(S - T)
-    return score.masked_fill(later, -torch.inf).softmax(-1) @ v.repeat_interleave(share, 1)
-
-
-def _pairs(method: Any, inputs: Inputs) -> float:
-    with torch.no_grad():
-        method.measured_density()
-        method(*inputs)
-    return method.measured_density()
-
-
-def _moved_blocks(method: Any, inputs: Inputs, order: Tensor) -> tuple[Sparse, Inputs]:
-    """Whole key blocks before the newest in another order, seen from the last query only."""
-    q, k, v = inputs
-    at = torch.arange(k.shape[2])
-    at[: len(order) * method.block] = at[: len(order) * method.block].view(len(order), -1)[order].flatten()
-    return method, (q, k[:, :, at], v[:, :, at])
-
-
-def attention(cls: type[Sparse], **arguments: Any) -> Spec:
-    """Of attention; small blocks, so that the budget can be met to within a block a query."""
-    by_key = cls.name == "attention/window"
-    block = {"block": 8, **arguments}
-    decode = cls.name == "attention/quest"
-    return Spec(
-        make=lambda budget: cls(budget=budget, **block), inputs=heads, dense=_causal,
-        one_unit=lambda: (cls(budget=0.5, **block), tuple(x[:2, :, :1] for x in heads(2, 0))),
-        permuted=_moved_blocks if decode else None,
-        permutable=lambda i: (i[0][:, :, -1:], *i[1:]), units=lambda m, i: i[1].shape[2] // m.arguments["block"] if decode else 0,
-        not_permuted="the choice goes by position", density=_pairs,
-        # a query sees at most 7 blocks: half a block in 7 on average over positions, and one block at least
-        density_slack=(lambda n: 0.03) if by_key else (lambda n: 0.25), budgets=(0.25, 0.5, 0.75, 1.0),
-        bad_arguments=(({"budget": 0.0}, "budget"), ({"budget": 1.01}, "budget"), ({"budget": float("nan")}, "budget"),
-                       ({"block": 0}, "block"), ({"block": 2.5}, "block"), ({"query_block": 0}, "query_block"),
-                       *(((({"sinks": 0}), "sinks"), (({"window": -1}), "window")) if by_key else ())),
-        site="layers.0.attn", bounds=FLIPS,
-    )
-
-
 _FAMILY: dict[str, Callable[..., Spec]] = {"weights": weights, "neurons": neurons, "latents": latents, "attention": attention}
 _VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "weights/wanda": ({"n": 2, "m": 4}, {"group": "layer"}),
     "weights/magnitude": ({"n": 1, "m": 4}, {"group": "layer"}),
     "neurons/wina": ({"mode": "threshold"},),
-    "attention/quest": ({"query_block": 8},),
-    "attention/random": ({"query_block": 8},),
 }
 
 
@@ -182,7 +130,10 @@ def specs_of(method: str | type[Sparse]) -> tuple[Spec, ...]:
 
 
 def _variants(name: str) -> tuple[dict[str, Any], ...]:
-    return NOTES[name].variants if name in NOTES else _VARIANTS.get(name, ())
+    for notes in (LATENT_NOTES, ATTENTION_NOTES):
+        if name in notes:
+            return notes[name].variants
+    return _VARIANTS.get(name, ())
 
 
 def variants(name: str) -> tuple[str, ...]:
