@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import maps
 from .errors import BadInput
 
 
@@ -195,25 +196,12 @@ def statistical_top_k(scores: Tensor, k: int) -> Selection:
 def sparsemax(scores: Tensor) -> Selection:
     """Euclidean projection of each row onto the simplex (Martins & Astudillo 2016, alg. 1); weight is the projection."""
     check_scores(scores)
-    z = scores - scores.amax(-1, keepdim=True)
-    ordered = z.sort(-1, descending=True).values
-    rank = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
-    total = ordered.cumsum(-1)
-    size = (1 + rank * ordered > total).sum(-1, keepdim=True)
-    tau = (total.gather(-1, size - 1) - 1) / size
-    weight = (z - tau).clamp_min(0)
+    weight = maps.sparsemax(scores)
     return Selection(scores.shape[-1], weight, mask_=weight > 0)
 
 
 def entmax15(scores: Tensor) -> Selection:
-    """1.5-entmax of each row, exactly by sorting (Peters, Niculae & Martins 2019, alg. 2); weight is the map."""
+    """1.5-entmax of each row (Peters, Niculae & Martins 2019); weight is the map."""
     check_scores(scores)
-    z = (scores - scores.amax(-1, keepdim=True)) / 2
-    ordered = z.sort(-1, descending=True).values
-    rank = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
-    mean = ordered.cumsum(-1) / rank
-    spread = rank * ((ordered**2).cumsum(-1) / rank - mean**2)
-    tau = mean - ((1 - spread) / rank).clamp_min(0).sqrt()
-    size = (tau <= ordered).sum(-1, keepdim=True)
-    weight = (z - tau.gather(-1, size - 1)).clamp_min(0) ** 2
+    weight = maps.entmax15(scores)
     return Selection(scores.shape[-1], weight, mask_=weight > 0)

@@ -80,7 +80,60 @@ class Notes:
     expected_failures: Mapping[str, str] = field(default_factory=dict)
 
 
+_MAP = "another map than softmax: with every key kept it is still not dense attention"
+_LOOSE = "how many weights are above zero follows from the scores"
+_SIZES = {"heads": HEADS, "key_heads": KV_HEADS, "d_head": D_HEAD}
+_TRAINED_BAD = (({"heads": 0}, "heads"), ({"key_heads": 3}, "key_heads"), ({"d_head": 0}, "d_head"))
+
+
+def with_hidden(batch: int, seed: int) -> Inputs:
+    """`heads` and the 24-wide hidden state [B, 53, 24] that the layer was given."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    return (*heads(batch, seed), torch.randn(batch, KEYS, 24, generator=generator))
+
+
+def selected_pairs(method: Any, inputs: Inputs) -> float:
+    """Density of the selection branch alone: pairs of chosen blocks of pairs seen."""
+    mask = method.select(*inputs).mask.repeat_interleave(method.block, 3)[..., :KEYS].tril()
+    return float(mask.sum()) / (mask.shape[0] * mask.shape[1] * KEYS * (KEYS + 1) / 2)
+
+
+_NSA = Notes(
+    arguments={**_SIZES, "hidden": 24, "block": 8, "compress": 8, "stride": 4, "window": 12, "local": 1}, inputs=with_hidden, dense=None,
+    not_dense="three branches are mixed by gates", density=selected_pairs, slack=0.3,
+    bad=(*_TRAINED_BAD, ({"stride": 3}, "stride"), ({"window": 0}, "window"), ({"top": -1}, "top"), ({"hidden": 0}, "hidden")),
+)
 NOTES: dict[str, Notes] = {
+    "attention/moba": Notes(
+        variants=({"query_block": 8}, {"order": "keys"}), permuted=moved_blocks, not_permuted="", bad=(({"top": -1}, "top"), ({"order": "rows"}, "order")),
+    ),
+    "attention/seer": Notes(
+        arguments={**_SIZES, "block": 8, "query_block": 1}, variants=({"query_block": 8},), bad=(*_TRAINED_BAD, ({"d_gate": 3}, "d_gate")),
+    ),
+    "attention/nsa": _NSA,
+    "attention/fsa": _NSA,
+    "attention/diff": Notes(
+        arguments=_SIZES, takes_budget=False, budgets=(1.0,), dense=None, not_dense="it is the difference of two maps", slack=0.0,
+        bad=(*_TRAINED_BAD, ({"layer": -1}, "layer"), ({"eps": -1.0}, "eps")),
+    ),
+    "attention/sparsek": Notes(
+        arguments={**_SIZES, "window": 4}, slack=0.25, bad=(*_TRAINED_BAD, ({"window": 0}, "window"), ({"k": -1}, "k")),
+    ),
+    "attention/entmax": Notes(
+        arguments={}, variants=({"alpha": 2.0}, {"alpha": 1.3, "heads": 4}), takes_budget=False, budgets=(1.0,), dense=None, not_dense=_MAP,
+        density=None, slack=1.0, bad=(({"alpha": 0.5}, "alpha"), ({"heads": -1}, "heads")),
+    ),
+    "attention/rela": Notes(
+        arguments={}, takes_budget=False, budgets=(1.0,), dense=None, not_dense=_MAP, density=None, slack=1.0,
+        bad=(({"heads": -1}, "heads"), ({"heads": 2, "width": 0}, "width")),
+    ),
+    "attention/pladis": Notes(
+        arguments={}, takes_budget=False, budgets=(1.0,), dense=None, not_dense=_MAP, density=None, slack=1.0,
+        bad=(({"strength": -1.0}, "strength"), ({"alpha": 0.0}, "alpha")),
+    ),
+    "attention/sigmoid": Notes(arguments={}, takes_budget=False, budgets=(1.0,), dense=None, not_dense=_MAP, density=None, slack=1.0),
+    "attention/top_k": Notes(arguments={}, slack=0.03),
+    "attention/statistical_top_k": Notes(arguments={}, slack=0.1),
     "attention/quest": Notes(variants=({"query_block": 8},), permuted=moved_blocks, not_permuted=""),
     "attention/random": Notes(variants=({"query_block": 8},)),
     "attention/window": Notes(slack=0.03, bad=(({"sinks": 0}, "sinks"), ({"window": -1}, "window"))),

@@ -1,0 +1,50 @@
+"""Top-k attention (Gupta et al. 2021, arXiv 2106.06899): softmax over each query's highest scores.
+
+Every score is formed, so it saves no time: it is what methods that guess the highest scores are measured against.
+
+Shape letters: B = batch, H = query heads, T = queries, S = keys.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import maps
+from ...method import fraction
+from .base import MappedAttention
+
+
+class TopK(MappedAttention):
+    """softmax over the max(1, round(budget * n)) highest scores of the n that a query sees; of equal ones the earlier.
+
+    Args:
+        budget: fraction of the visible keys.
+    """
+
+    name = "attention/top_k"
+
+    def __init__(self, budget: float = 0.25) -> None:
+        super().__init__()
+        self._budget = fraction("budget", budget)
+
+    @property
+    def budget(self) -> float:
+        """Fraction of the visible keys kept."""
+        return self._budget
+
+    def weights(self, score_BHTS: Tensor, seen_BHT1: Tensor) -> Tensor:
+        """softmax of what is kept."""
+        keep = (self._budget * seen_BHT1.double()).round().clamp_min(1).long()
+        most = int(keep.max())
+        order = score_BHTS.topk(most, -1).values
+        least = order.gather(-1, (keep - 1).clamp_min(0).expand(*score_BHTS.shape[:-1], 1))
+        above, level = score_BHTS > least, score_BHTS == least
+        kept = above | level & (level.cumsum(-1) <= keep - above.sum(-1, keepdim=True))
+        return maps.softmax(score_BHTS.masked_fill(~kept, -torch.inf))
+
+    def naive(self, score_BHTS: Tensor, seen_BHT1: Tensor) -> Tensor:
+        """By a stable sort of each row."""
+        rank = score_BHTS.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
+        keep = torch.tensor([max(1, round(self._budget * n)) for n in seen_BHT1.flatten().tolist()]).view(seen_BHT1.shape)
+        return score_BHTS.masked_fill(rank >= keep, -torch.inf).softmax(-1)
