@@ -23,9 +23,19 @@ MUTATIONS = {
         "selection.py", "min(scores.numel(), round(k * ", "min(scores.numel(), int(k * ", "tests/test_selection.py -k batch_top_k"),
     "threshold takes equals": Mutation("selection.py", "mask_=scores > tau)", "mask_=scores >= tau)", "tests/test_selection.py -k strict"),
     "kept rounds down": Mutation("selection.py", "max(1, round(budget * n))", "max(1, int(budget * n))", "tests/test_selection.py -k kept"),
-    "sparsemax off by one": Mutation(
-        "selection.py", "tau = (total.gather(-1, size - 1) - 1) / size", "tau = (total.gather(-1, size - 1) - 1) / (size + 1)",
-        "tests/test_selection.py -k simplex"),
+    "entmax forgets that alpha moves the threshold": Mutation(
+        "maps/entmax.py", "by_e = (grad * (g - share * g.sum(-1, keepdim=True)))", "by_e = (grad * g)",
+        "tests/maps/test_entmax.py -k gradient_in_alpha"),
+    "entmax looks at too few scores": Mutation(
+        "maps/entmax.py", "highest(x) - 1 / reach", "highest(x) - 0.5 / reach", "tests/maps/test_entmax.py -k long_rows"),
+    "entmax slope of softmax": Mutation(
+        "maps/entmax.py", "s = torch.where(p > 0, p ** (1 - e), 0)", "s = torch.where(p > 0, p, 0)",
+        "tests/maps/test_entmax.py -k gradient_in_scores"),
+    "statistics over masked scores": Mutation(
+        "maps/top.py", "count = there.sum(-1, keepdim=True).clamp_min(1)", "count = torch.tensor(x.shape[-1])",
+        "tests/maps/test_other_maps.py -k seen_scores"),
+    "mapped attention sees ahead": Mutation(
+        "attention/mapped/base.py", "if first is not None:", "if False:", "tests/attention/test_mapped.py -k query_by_query"),
     "inf passes": Mutation(
         "selection.py", "not torch.isfinite(x).all()", "torch.isnan(x).any()", "tests/test_selection.py -k check_finite"),
     "random reads the scores": Mutation(
