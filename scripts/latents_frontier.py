@@ -4,7 +4,8 @@
     python scripts/latents_frontier.py --out runs/frontier --write    # also docs/benchmarks/latents_frontier.{json,md} and the picture
 
 All methods of one L0 are trained in one pass over the same activations, at one width, number of steps and rate, with their own defaults
-otherwise: what they do untuned. Methods without a k get three penalties, as multiples of their default, which is meant for long runs.
+otherwise: what they do untuned. Those that read the model's gradients have a pass of their own, over the same tokens. Methods without a
+k get three penalties, as multiples of their default, which is meant for long runs.
 """
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from rarefy.catalogue import ENTRIES, Entry, entry
 from rarefy.errors import BadInput
 from rarefy.fit import Recipe, train
 from rarefy.frontier import Judge, Point
+from rarefy.gradient_stream import GradientStream
 from rarefy.hub import open_model
 from rarefy.jobs.build import fixes_k
 from rarefy.jobs.dictionaries import ablate, judge_dictionary
@@ -43,7 +45,7 @@ def cards() -> list[Entry]:
             usable(card)
         except BadInput:
             continue
-        if not card.load().reads_gradients and not card.load().join:      # the first is TopK without them, the second reads several layers
+        if not card.load().join:                                          # such a one reads several layers: scripts/latents_objects.py
             found.append(card)
     return found
 
@@ -62,22 +64,24 @@ def measured(out: Path, steps: int, batch: int, names: list[str]) -> None:
     board = Judge(model, corpus.judge)
     lost = ablate(board, SITE)
     d = model.config.hidden_size
-    for level in LEVELS:
-        there = {(r["name"], r["level"]) for r in read_lines(out / "points.jsonl")} if (out / "points.jsonl").exists() else set()
-        wanted = [card for card in cards() if (card.name, level) not in there and (not names or card.name in names)]
-        if not wanted:
+    there = {(r["name"], r["level"]) for r in read_lines(out / "points.jsonl")} if (out / "points.jsonl").exists() else set()
+    wanted = [(card, level) for level in LEVELS for card in cards() if (card.name, level) not in there and (not names or card.name in names)]
+    plain = [[(card, level) for card, level in wanted if level == at and not card.load().reads_gradients] for at in LEVELS]
+    pulled = [(card, level) for card, level in wanted if card.load().reads_gradients]          # its pass is what costs: one for all levels
+    for some, stream_of in (*((some, LiveStream) for some in plain), (pulled, GradientStream)):
+        if not some:
             continue
-        plan = {card.name: made(card, d, level, steps, batch) for card in wanted}
-        stream = LiveStream(model, SITE, windows(corpus.fit), batch)
+        plan = {f"{card.name}@{level}": made(card, d, level, steps, batch) for card, level in some}
+        train(plan, stream_of(model, SITE, windows(corpus.fit), batch), Recipe(steps=steps, lr=1e-3, save_every=steps, log_every=50), on_log=on_log)
+        for (card, level), method in zip(some, plan.values(), strict=True):
+            point = judge_dictionary(board, SITE, method, lost, name=card.name)
+            append_line(out / "points.jsonl", {"name": card.name, "level": level, "point": point.as_json()})
+            print(card.name, level, {key: round(point.metrics[key].mean, 3) for key in ("l0", "fvu", "loss_recovered")}, flush=True)
 
-        def on_log(record: dict[str, Any], level: int = level) -> None:
-            print(level, record.get("step"), record.get("seconds"), flush=True)
 
-        train(plan, stream, Recipe(steps=steps, lr=1e-3, save_every=steps, log_every=50), on_log=on_log)
-        for name, method in plan.items():
-            point = judge_dictionary(board, SITE, method, lost, name=name)
-            append_line(out / "points.jsonl", {"name": name, "level": level, "point": point.as_json()})
-            print(name, level, {key: round(point.metrics[key].mean, 3) for key in ("l0", "fvu", "loss_recovered")}, flush=True)
+def on_log(record: dict[str, Any]) -> None:
+    """How far training is."""
+    print(record.get("step"), record.get("seconds"), flush=True)
 
 
 def write(out: Path, steps: int, batch: int) -> None:
@@ -94,8 +98,11 @@ def write(out: Path, steps: int, batch: int) -> None:
             f"| `{card.name}` | {card.year} | {m['l0'].mean:.1f} | {m['fvu'].mean:.3f} | {m['loss_recovered'].mean:.3f} "
             f"({m['loss_recovered'].low:.3f}-{m['loss_recovered'].high:.3f}) | {m['dead'].mean:.1%} |"
         )
-    absent = [f"`{card.name}`" for card in cards() if card.name not in {r["name"] for r in lines}]
-    missing = f"\nNot run, as they take the time of all others together: {', '.join(absent)}." if absent else ""
+    levels = {card.name: sum(r["name"] == card.name for r in lines) for card in cards()}
+    absent, partly = ([f"`{name}`" for name, n in levels.items() if test(n)] for test in (lambda n: not n, lambda n: 0 < n < len(LEVELS)))
+    missing = f"\nNot run, as a step takes more than 4 s on one core: {', '.join(absent)}." if absent else ""
+    missing += f"\nNot run at every L0, as a step's time rises with its square: {', '.join(partly)}." if partly else ""
+    missing += "\nOf dictionaries that read several layers: [objects](latents_objects.md)."
     page = (
         "# Every dictionary on the built-in model\n\n"
         f"    python scripts/latents_frontier.py --out runs/frontier --steps {steps} --batch {batch} --write\n\n"

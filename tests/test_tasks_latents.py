@@ -11,9 +11,10 @@ from rarefy.errors import BadInput
 from rarefy.latents.batch_topk import BatchTopK
 from rarefy.latents.relu import ReLU
 from rarefy.latents.topk import TopK
+from rarefy.tasks.codes import Codes
 from rarefy.tasks.dark_matter import dark_matter
 from rarefy.tasks.geometry import fvu_by, geometry, nearest_other, norm_groups
-from rarefy.tasks.learned import Activations, Learned, perfect, read
+from rarefy.tasks.learned import Learned, perfect, read
 from rarefy.tasks.planted import assign, recovery
 from rarefy.tasks.planted_absorption import absorption
 from rarefy.tasks.planted_kinds import KINDS, plant
@@ -154,11 +155,11 @@ def test_f1_is_that_of_the_best_threshold_on_the_other_half():
     on = torch.rand(60, 3, generator=g) < 0.4
     on[:, 1] = dense[:, 2].abs() > 0.6                                                    # found exactly, above a threshold
     match = torch.tensor([0, 2, -1])
-    got = feature_f1(Activations.of(dense), on, match)
+    got = feature_f1(Codes.of(dense), on, match)
     assert got[1] == 1 and got[2] == 0
     assert float(got[0]) == pytest.approx(naive_f1(dense[:, 0], on[:, 0]), abs=0.02)
     with pytest.raises(BadInput, match=r"\[60, 3\]"):
-        feature_f1(Activations.of(dense), on[:50], match)
+        feature_f1(Codes.of(dense), on[:50], match)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -206,7 +207,7 @@ def test_what_is_read_is_what_the_method_does(make):
     method.eval()
     learned = read(method, x, at_once=128)
     torch.testing.assert_close(learned.x_hat, method(x).detach())
-    torch.testing.assert_close(learned.codes.dense, method.select(x).dense.detach() * (method.select(x).dense != 0))
+    torch.testing.assert_close(learned.codes.matrix, method.select(x).dense.detach() * (method.select(x).dense != 0))
     offset = learned.x_hat - learned.codes.times(learned.decoder)
     torch.testing.assert_close(offset, offset[:1].expand_as(offset), atol=1e-4, rtol=0)
     assert learned.codes.l0 == pytest.approx(float((method.select(x).dense != 0).sum() / 300))
@@ -226,7 +227,7 @@ def test_reading_refuses_what_it_cannot_read():
 
 def dictionary_of(decoder, encoder=None):
     empty = torch.zeros(2, len(decoder))
-    return Learned(Activations.of(empty), decoder, decoder if encoder is None else encoder, torch.zeros(2, decoder.shape[1]))
+    return Learned(Codes.of(empty), decoder, decoder if encoder is None else encoder, torch.zeros(2, decoder.shape[1]))
 
 
 def test_a_permuted_copy_is_shared_in_full_and_a_random_one_hardly():
@@ -359,7 +360,7 @@ def test_dead_dense_and_duplicate_latents_are_counted():
     decoder = torch.cat([decoder, decoder[:1]])                                            # a copy of the first, but dead
     codes = torch.zeros(100, 6)
     codes[0, 1], codes[:10, 2], codes[:11, 3], codes[50:60, 4], codes[7, 0] = 1, 1, 1, 1, 1
-    got = geometry(Learned(Activations.of(codes), decoder, decoder, torch.zeros(100, 8)))
+    got = geometry(Learned(Codes.of(codes), decoder, decoder, torch.zeros(100, 8)))
     assert (got.dead, got.dense, got.duplicate) == (1 / 6, 1 / 6, 2 / 6)
     cosine = normalize(decoder[:5], dim=1) @ normalize(decoder[:5], dim=1).T - 2 * torch.eye(5)
     assert got.nearest == pytest.approx(float(cosine.amax(1).mean()), abs=1e-6)

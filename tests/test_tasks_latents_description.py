@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from rarefy.errors import BadInput
+from rarefy.tasks.codes import Codes
 from rarefy.tasks.description import description_length, entropy
-from rarefy.tasks.learned import Activations, Learned, perfect
+from rarefy.tasks.learned import Learned, perfect
 from rarefy.tasks.planted_kinds import plant
 
 
@@ -24,12 +25,12 @@ def some_bins(n=3000):
 
 def test_entropy_is_that_of_counting():
     dense = some_bins()
-    codes = Activations.of(dense)
+    codes = Codes.of(dense)
     naive = 0.0
     for column in dense.T.tolist():
         for count in Counter(column).values():
             naive -= count / len(column) * math.log2(count / len(column))
-    assert entropy(codes, codes.value.long()) == pytest.approx(naive, rel=1e-12)
+    assert entropy(codes, codes.by_row.value_M.long()) == pytest.approx(naive, rel=1e-12)
     closed = sum(p * 3 - sum(q * math.log2(q) for q in (p, 1 - p) if q) for p in (0.5, 0.1, 0.02, 0.0, 1.0))
     assert naive == pytest.approx(closed, rel=0.03)
 
@@ -37,14 +38,14 @@ def test_entropy_is_that_of_counting():
 def test_an_adaptive_coder_needs_about_the_entropy():
     """Ideal code length of an arithmetic coder that learns the frequencies as it goes (Krichevsky-Trofimov counts)."""
     dense = some_bins()
-    codes, bits = Activations.of(dense), 0.0
+    codes, bits = Codes.of(dense), 0.0
     for column in dense.T.long().tolist():
         seen = [0.5] * 9
         for symbol in column:
             bits -= math.log2(seen[symbol] / sum(seen))
             seen[symbol] += 1
-    assert bits / len(dense) == pytest.approx(entropy(codes, codes.value.long()), rel=0.05)
-    assert bits / len(dense) > entropy(codes, codes.value.long())
+    assert bits / len(dense) == pytest.approx(entropy(codes, codes.by_row.value_M.long()), rel=0.05)
+    assert bits / len(dense) > entropy(codes, codes.by_row.value_M.long())
 
 
 def test_bins_are_the_coarsest_within_tolerance():
@@ -73,7 +74,7 @@ def test_lengths_of_decoder_rows_do_not_matter():
 def test_what_is_left_costs_what_a_gaussian_costs():
     g = seeded(0)
     x = torch.randn(50_000, 3, generator=g) * torch.tensor([2.0, 1.0, 0.05])
-    nothing = Learned(Activations.of(torch.zeros(50_000, 1)), torch.ones(1, 3), torch.ones(1, 3), torch.zeros_like(x))
+    nothing = Learned(Codes.of(torch.zeros(50_000, 1)), torch.ones(1, 3), torch.ones(1, 3), torch.zeros_like(x))
     got = description_length(nothing, x, tolerance=0.01)
     allowed = 0.01 * (4 + 1 + 0.0025) / 3
     assert got.codes == 0

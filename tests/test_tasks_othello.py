@@ -8,7 +8,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 
 from rarefy.errors import BadInput
 from rarefy.tasks.board_state import SHARES, auroc, held_state, probed
-from rarefy.tasks.learned import Activations
+from rarefy.tasks.codes import Codes
 from rarefy.tasks.othello import games, labels, legal_moves, played, start
 
 WAYS = [(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1) if a or b]
@@ -96,7 +96,7 @@ def planted(n=900, c=6, g=9):
 
 def test_coverage_is_the_best_f1_chosen_on_one_half_and_measured_on_the_other():
     codes, truth, choose = planted()
-    got = held_state(Activations.of(codes), truth, choose)
+    got = held_state(Codes.of(codes), truth, choose)
     most = codes[choose].amax(0)
     for c in range(truth.shape[1]):
         tried = {
@@ -113,7 +113,7 @@ def test_coverage_is_the_best_f1_chosen_on_one_half_and_measured_on_the_other():
 
 def test_only_precise_latents_vote_in_the_reconstruction():
     codes, truth, choose = planted()
-    got = held_state(Activations.of(codes), truth, choose)
+    got = held_state(Codes.of(codes), truth, choose)
     said = torch.zeros_like(truth)
     said[:, :4] = codes[:, :4] > 0                                      # 4 is as precise as the first three, and misses half
     rows = [f1_score(truth[n], said[n], zero_division=0) for n in (~choose).nonzero()[:, 0].tolist()]
@@ -140,9 +140,9 @@ def test_a_probe_reads_what_is_linear_and_nothing_else():
 def test_rows_of_one_kind_are_refused():
     codes, truth, choose = planted()
     with pytest.raises(BadInput, match="choose needs rows of both kinds"):
-        held_state(Activations.of(codes), truth, torch.ones_like(choose))
+        held_state(Codes.of(codes), truth, torch.ones_like(choose))
     with pytest.raises(BadInput, match="do not fit together"):
-        held_state(Activations.of(codes), truth[:5], choose)
+        held_state(Codes.of(codes), truth[:5], choose)
 
 
 def test_one_move_turns_every_run_and_no_more():

@@ -12,9 +12,12 @@ Shape letters: B = rows of a batch.
 from __future__ import annotations
 
 import contextlib
+import os
 import zlib
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -32,6 +35,25 @@ def place() -> tuple[int, int]:
 def first() -> bool:
     """Whether this is the process that writes."""
     return place()[0] == 0
+
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_PATIENCE = timedelta(days=1)
+"""How long a process waits for another, which may be writing a store meanwhile; torchrun ends those whose peer has died."""
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Meet the processes that torchrun started beside this one, on gloo, for a block; nothing to do where there are none or they have met."""
+    alone = not all(name in os.environ for name in _TORCHRUN) or int(os.environ["WORLD_SIZE"]) < 2
+    if alone or not dist.is_available() or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def _device() -> torch.device:
@@ -89,8 +111,8 @@ class _Total(torch.autograd.Function):
         return grad, None
 
 
-_meshes: dict[int, Shards] = {}
-_mesh: Shards | None = None
+_held: ContextVar[Shards | None] = ContextVar("shards", default=None)
+"""What the innermost `meshed` block shares dictionaries out over."""
 
 
 @contextlib.contextmanager
@@ -100,34 +122,36 @@ def meshed(shards: int) -> Iterator[Shards | None]:
     Raises:
         BadInput: the processes do not divide into sets of that size.
     """
-    global _mesh
     rank, size = place()
     if shards < 1 or size % shards:
         raise BadInput(f"shards={shards} must divide the number of processes, {size}; start a multiple of {shards} of them with torchrun")
     if shards == 1:
         yield None
         return
-    if shards not in _meshes:
-        sets = [list(range(first, first + shards)) for first in range(0, size, shards)]
-        groups = [dist.new_group(ranks) for ranks in sets]
-        others = [dist.new_group(list(range(at, size, shards))) for at in range(shards)]
-        _meshes[shards] = Shards(rank % shards, shards, groups[rank // shards], others[rank % shards])
-    _mesh = _meshes[shards]
+    sets = [list(range(first, first + shards)) for first in range(0, size, shards)]
+    groups = [dist.new_group(ranks) for ranks in sets]                                      # every process makes all of them
+    others = [dist.new_group(list(range(at, size, shards))) for at in range(shards)]
+    mesh = Shards(rank % shards, shards, groups[rank // shards], others[rank % shards])
+    before = _held.set(mesh)
     try:
-        yield _mesh
+        yield mesh
     finally:
-        _mesh = None
+        _held.reset(before)
+        for group in (mesh.group, mesh.others):
+            dist.destroy_process_group(group)
 
 
 def share() -> tuple[int, int]:
     """(this process's share of the rows, number of shares)."""
     rank, size = place()
-    return (rank // _mesh.size, size // _mesh.size) if _mesh else (rank, size)
+    mesh = _held.get()
+    return (rank // mesh.size, size // mesh.size) if mesh else (rank, size)
 
 
 def _sharers() -> Any:
     """The processes over which rows are shared out; None means all."""
-    return _mesh.others if _mesh else None
+    mesh = _held.get()
+    return mesh.others if mesh else None
 
 
 def most(*values: int) -> list[int]:
@@ -196,8 +220,9 @@ def mine(rows_B: Tensor) -> Tensor:
 def copy_from_first(tensors: Iterable[Tensor]) -> None:
     """Give every process the tensors of the first that has the same part of a method, in place."""
     if share()[1] > 1:
+        mesh = _held.get()
         for tensor in tensors:
-            dist.broadcast(tensor, _mesh.rank if _mesh else 0, group=_sharers())
+            dist.broadcast(tensor, mesh.rank if mesh else 0, group=_sharers())
 
 
 def mean_(tensors: Iterable[Tensor]) -> None:

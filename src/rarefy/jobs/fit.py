@@ -13,9 +13,10 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from .. import world
 from ..builtin.corpus import Text
 from ..catalogue import Entry
-from ..errors import BadInput, Damaged
+from ..errors import BadInput, Damaged, Unsupported
 from ..fit import Recipe, calibrate, train
 from ..formats import layout_of
 from ..gradient_stream import GradientStream
@@ -29,12 +30,12 @@ from ..store.writer import ActivationWriter
 from ..streams import Flow, LiveStream, StoreStream, Stream, windows
 from .build import check_budget, check_names, check_settings, dictionary, fixes_k, make_plan, places, settings_for
 from .flows import check_gradients, check_joined, flow_of, open_beside, plain, reads_gradients
-from .folder import refuse_early, run_folder
+from .folder import joint_folder, refuse_early, run_folder
 from .foreign import check_foreign, settle_all, take_up_foreign
 from .models import Opened, check_context, cut_text, digest, opened, probe, read_documents
 from .objective import check_objective, check_plain, in_model, take_up, window_stream
 from .request import Request
-from .screen import Screen
+from .screen import Screen, silent
 
 ACTIVATIONS = "activations"
 AT_ONCE, SKIP = 16, 1
@@ -170,19 +171,28 @@ def saved_plan(run: Path, keys: Iterable[str]) -> dict[str, Sparse]:
 
 
 def fit(request: FitRequest, *, screen: Screen) -> FitResult:
-    """Do it. Training that finds its own run in `request.out` goes on where that stopped."""
+    """Do it. Training that finds its own run in `request.out` goes on where that stopped.
+
+    Processes of torch.distributed train dictionaries together, as `rarefy.train` says; the first alone writes and shows.
+    """
     cards = request.check()
-    refuse_early(request.out, "fit", request.record())
-    check_foreign(request.resume_from)
-    docs = read_documents(request.data, screen)
-    model = opened(request.model, screen)
-    text = cut_text(docs, model, screen, context=request.context, fit_tokens=request.tokens, judge_tokens=1)
+    screen = screen if world.first() else silent()
+    if cards[0].unit != "latent" and world.place()[1] > 1:
+        raise Unsupported(f"{cards[0].name} is calibrated, by one process alone, and {world.place()[1]} were started; run it without torchrun")
+    with world.together():
+        if world.first():
+            refuse_early(request.out, "fit", request.record())
+        check_foreign(request.resume_from)
+        docs = read_documents(request.data, screen)
+        model = opened(request.model, screen)
+        text = cut_text(docs, model, screen, context=request.context, fit_tokens=request.tokens, judge_tokens=1)
     made = {"command": "fit", "request": request.record(), "model": model.card(), "seed": request.seed, "text": digest(text.fit)}
     if cards[0].unit != "latent":
         found = list(places(model.model, cards[0], request.site))
         return _calibrated(request, {**made, "sites": found, "target": ""}, cards, model, text, screen)
-    beside = open_beside(request.beside, model, screen)
-    flow = flow_of(request, cards, model, beside)
+    with world.together():
+        beside = open_beside(request.beside, model, screen)
+        flow = flow_of(request, cards, model, beside)
     made |= {"sites": list(flow.sites), "target": flow.targets[0] if flow.transcodes else ""}
     if flow.join:
         made |= {"target": list(flow.targets) if flow.transcodes else "", "join": flow.join}
@@ -222,6 +232,34 @@ def _calibrated(
 def _dictionaries(
     request: FitRequest, made: dict[str, Any], cards: list[Entry], model: Opened, text: Text, screen: Screen, flow: Flow, beside: Opened | None,
 ) -> FitResult:
+    with world.together():
+        plan, live, begun, width = _prepared(request, cards, model, text, flow, beside)
+    found, site, target = list(flow.sites), ", ".join(flow.sites), flow.targets[0] if flow.transcodes else ""
+    with joint_folder(request.out, made) as resumed:
+        log = request.out / "log.jsonl"
+        there = _finished(request.out, plan) if resumed else None
+        world.same("whether they find the run finished", int(there is not None))
+        if there:
+            records = read_lines(log) if log.exists() else []
+            return FitResult(request.out, there, found, records[-1] if records else {}, True)
+        with _way_out_of_damage(request.out / ACTIVATIONS):
+            stream = _stored(request, live, made, width, screen) if request.store else live
+            with world.together():
+                trained = in_model(request, {name: m for name, m in plan.items() if m.fitted == "trained"}, model.model, site, target)
+                tokens = stream if request.objective == "local" else window_stream(request, text)
+            last = _train(request, trained, tokens, site, screen, begun)
+            with world.together():
+                for name, method in plan.items() if world.first() else ():
+                    if method.fitted == "none":
+                        method.initialise(*next(stream.batches()))
+                    save(method.eval(), method_folder(request.out, name))
+    return FitResult(request.out, plan, found, last)
+
+
+def _prepared(
+    request: FitRequest, cards: list[Entry], model: Opened, text: Text, flow: Flow, beside: Opened | None,
+) -> tuple[dict[str, Sparse], LiveStream, Collection[str], int]:
+    """The dictionaries, their activations, which of them were trained before, and the activations' width."""
     ids_NT, names = windows(text.fit), list(dict.fromkeys((*flow.sites, *flow.targets)))
     for each in (model, *([beside] if beside else [])):
         probe(each, text, names)
@@ -244,22 +282,7 @@ def _dictionaries(
         )
     if foreign:
         settle_all(plan, begun, live)
-    found, site, target = list(flow.sites), ", ".join(flow.sites), flow.targets[0] if flow.transcodes else ""
-    with run_folder(request.out, made) as run:
-        log = request.out / "log.jsonl"
-        if run.resumed and (there := _finished(request.out, plan)):
-            records = read_lines(log) if log.exists() else []
-            return FitResult(request.out, there, found, records[-1] if records else {}, True)
-        with _way_out_of_damage(request.out / ACTIVATIONS):
-            stream = _stored(request, live, made, sum(read), screen) if request.store else live
-            trained = in_model(request, {name: m for name, m in plan.items() if m.fitted == "trained"}, model.model, site, target)
-            tokens = stream if request.objective == "local" else window_stream(request, text)
-            last = _train(request, trained, tokens, site, screen, begun)
-            for name, method in plan.items():
-                if method.fitted == "none":
-                    method.initialise(*next(stream.batches()))
-                save(method.eval(), method_folder(request.out, name))
-    return FitResult(request.out, plan, found, last)
+    return plan, live, begun, sum(read)
 
 
 def _train(
@@ -296,15 +319,17 @@ def _stored(request: FitRequest, live: LiveStream, made: dict[str, Any], d: int,
     folder = request.out / ACTIVATIONS / store_name(from_)
     ids_NT: Tensor = live.windows_NT
     rows = (ids_NT.shape[1] - SKIP) * AT_ONCE * (len(flow.sites) if flow.join == "mix" else 1)
-    if not (folder / CLOSED).exists():
-        with screen.stage(f"write activations of {names}") as update, ActivationWriter(folder, d, "float32", from_) as writer:
-            there = writer.rows                             # an interrupted write goes on after what it acknowledged
-            for number, ids_BT in enumerate(ids_NT.split(AT_ONCE)):
-                if there < (number + 1) * rows:
-                    x_ND = live.take(ids_BT)[0].float()
-                    writer.append(x_ND[max(0, there - number * rows) :])
-                update(f"{writer.rows:,} rows")
-    return StoreStream(ActivationStore(folder, made_from=from_), request.batch, seed=request.seed)
+    with world.together():
+        if world.first() and not (folder / CLOSED).exists():
+            with screen.stage(f"write activations of {names}") as update, ActivationWriter(folder, d, "float32", from_) as writer:
+                there = writer.rows                         # an interrupted write goes on after what it acknowledged
+                for number, ids_BT in enumerate(ids_NT.split(AT_ONCE)):
+                    if there < (number + 1) * rows:
+                        x_ND = live.take(ids_BT)[0].float()
+                        writer.append(x_ND[max(0, there - number * rows) :])
+                    update(f"{writer.rows:,} rows")
+    with world.together():
+        return StoreStream(ActivationStore(folder, made_from=from_), request.batch, seed=request.seed)
 
 
 def progress(record: dict[str, Any]) -> str:

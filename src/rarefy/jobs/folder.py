@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from .. import world
 from ..errors import BadInput, RarefyError
 from ..store.fs import DISK
 from ..store.lock import LOCK_NAME, RunLock
@@ -60,6 +61,17 @@ def run_folder(out: Path, made: dict[str, Any], may_change: Collection[str] = ()
                     if fresh:
                         out.rmdir()
             raise
+
+
+@contextlib.contextmanager
+def joint_folder(out: Path, made: dict[str, Any]) -> Iterator[bool]:
+    """`run_folder` for processes that train together: the first holds it, and what is refused to it ends all. Yields whether it was taken up."""
+    with contextlib.ExitStack() as held:
+        resumed = False
+        with world.together():
+            if world.first():
+                resumed = held.enter_context(run_folder(out, made)).resumed
+        yield bool(world.most(int(resumed))[0])
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from .build import check_names, dictionary, settings_for
 from .dictionaries import describe, judge_dictionary
 from .fit import FitRequest, saved_plan
 from .flows import open_beside, plain
+from .judge_error import error_parts
 from .judge_joined import Lost, flow_in, judge_joined, told, verdicts
 from .models import Opened, check_context, cut_text, digest, opened, probe, read_documents
 from .report import PLURAL, page, unit_panel, verdict, write_report
@@ -40,11 +41,15 @@ class JudgeResult:
     extra: tuple[str, ...]
     verdict: str
     notes: list[str] = field(default_factory=list)
-    """What dictionaries of several sites say of those."""
+    """What dictionaries say of their error, and those of several sites of those."""
+    errors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name of each dictionary of one site -> where its error lies (`judge_error.ErrorParts`)."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON."""
-        more = {"notes": self.notes} if self.notes else {}
+        more: dict[str, Any] = {"notes": self.notes} if self.notes else {}
+        if self.errors:
+            more["errors"] = self.errors
         return {"schema": 1, "verdict": self.verdict, **more, "points": [p.as_json() for p in self.points]}
 
     def show(self, out: Path) -> None:
@@ -132,6 +137,7 @@ def _report(bench: _Bench, dense: bool, data: str, screen: Screen) -> JudgeResul
     points = _dictionaries(bench, screen) if latent else _plans(bench, screen)
     latents = _described(bench, screen) if latent else None
     notes = _told(bench, screen) if latent and bench.flow.join else []
+    errors = _errors(bench, points, notes, screen) if latent and not bench.flow.join else {}
     said = verdicts(points) if bench.flow.join else verdict(points)
     if dense:
         points.insert(0, bench.board.dense(points[0].unit))
@@ -143,7 +149,7 @@ def _report(bench: _Bench, dense: bool, data: str, screen: Screen) -> JudgeResul
     )
     write_report(bench.run, report)
     write_atomic(bench.run / "points.jsonl", to_lines(p.as_json() for p in points if p.role != "dense"))
-    return JudgeResult(points, LATENT_METRICS if latent else (), said, notes)
+    return JudgeResult(points, LATENT_METRICS if latent else (), said, notes, errors)
 
 
 def _dictionaries(bench: _Bench, screen: Screen) -> list[Point]:
@@ -181,6 +187,24 @@ def _told(bench: _Bench, screen: Screen) -> list[str]:
                 said.append(line)
     write_atomic(bench.run / "joined.json", json.dumps(records, allow_nan=False).encode())
     return said
+
+
+def _errors(bench: _Bench, points: list[Point], notes: list[str], screen: Screen) -> dict[str, dict[str, Any]]:
+    """Where the error of each dictionary of one site lies: a note of each that was trained, figures at its point, all in `errors.json`."""
+    records, flow = {}, bench.flow
+    with screen.stage("split the error") as update:
+        for at, point in enumerate(points):
+            target = flow.targets[0] if flow.transcodes else ""
+            method = bench.plan[point.method]
+            found = error_parts(bench.board, bench.text.fit, flow.sites[0], method, point.metrics["ce_increase"], target=target)
+            records[point.method] = found.as_json()
+            more = {f"ce_{part}_error": found.increase[part] for part in ("linear", "nonlinear") if part in found.increase}
+            points[at] = replace(point, metrics={**point.metrics, **more})
+            if point.role == "method":
+                notes.append(found.told(point.method))
+            update(point.method)
+    write_atomic(bench.run / "errors.json", json.dumps(records, allow_nan=False).encode())
+    return records
 
 
 def _described(bench: _Bench, screen: Screen) -> dict[str, Any]:

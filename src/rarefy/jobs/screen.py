@@ -83,6 +83,13 @@ class Screen:
         self.console.print()
 
 
+def silent() -> Screen:
+    """One that shows nothing, for processes beside the first."""
+    screen = Screen(quiet=True)
+    screen.live, screen.quiet = False, True
+    return screen
+
+
 def points_table(screen: Screen, title: str, points: Sequence[Any], extra: Sequence[str] = ()) -> None:
     """Points as rows: budget, density, CE increase with its interval, KL, agreement, and `extra` metrics."""
     rows = []

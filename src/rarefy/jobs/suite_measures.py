@@ -87,7 +87,7 @@ def _pursued(learned: Learned, x_ND: Tensor) -> float:
         return 1.0
     begin_D = (learned.x_hat - learned.codes.times(learned.decoder)).mean(0)
     k = min(max(1, round(learned.codes.l0)), len(alive_GD), alive_GD.shape[1])
-    value_NK, index_NK = pursuit(x_ND - begin_D, alive_GD, k, by="gradient", positive=bool((learned.codes.value >= 0).all()))
+    value_NK, index_NK = pursuit(x_ND - begin_D, alive_GD, k, by="gradient", positive=bool((learned.codes.value_M >= 0).all()))
     return _fvu(x_ND, begin_D + embedding_bag(index_NK, alive_GD, per_sample_weights=value_NK, mode="sum"))
 
 
@@ -101,7 +101,7 @@ def _matched(cosine_FG: Tensor) -> float:
 def _size(learned: Learned, truth: Truth, cosine_FG: Tensor) -> float | None:
     """Over features matched at a cosine of at least 0.9, the slope of written on true strength, both on; None where none is."""
     match_F = match_blocks(cosine_FG, torch.arange(len(cosine_FG)))
-    dense_NG, written, true = learned.codes.dense, 0.0, 0.0
+    dense_NG, written, true = learned.codes.matrix, 0.0, 0.0
     for f, g in enumerate(match_F.tolist()):
         if g < 0 or cosine_FG[f, g] < 0.9:
             continue

@@ -25,8 +25,9 @@ from ..site import capture
 from ..store.lines import append_line, read_lines
 from ..streams import TensorStream
 from ..tasks.board_state import held_state, probed
+from ..tasks.codes import Codes
 from ..tasks.geometry import fvu_by
-from ..tasks.learned import Activations, Learned, read
+from ..tasks.learned import Learned, read
 from ..tasks.othello import Games, games, labels
 from .build import check_names, check_settings
 from .folder import refuse_early, run_folder
@@ -163,7 +164,7 @@ class _Layer:
             self._keep("untrained model", [{"probe": probed(_rows(blank, self.layer, self.held), self.truth_NC, self.choose_N)}])
         if "neurons" not in known:
             away = x_held - x_train.mean(0)
-            codes = Activations.of(torch.cat([away.relu(), (-away).relu()], 1))
+            codes = Codes.of(torch.cat([away.relu(), (-away).relu()], 1))
             self._keep("neurons", [{**self._held(codes), "probe": probed(x_held, self.truth_NC, self.choose_N)}])
         plan: dict[str, Sparse] = {}
         if "latents/random" not in known:
@@ -179,7 +180,7 @@ class _Layer:
         for name in dict.fromkeys(key.rpartition("@")[0] for key in plan):
             self._keep(name, [self._judged(read(m, x_held), x_held) for key, m in plan.items() if key.rpartition("@")[0] == name])
 
-    def _held(self, codes: Activations) -> dict[str, float]:
+    def _held(self, codes: Codes) -> dict[str, float]:
         found = held_state(codes, self.truth_NC, self.choose_N)
         return {"coverage": found.coverage, "board": found.reconstruction, "auroc": found.auroc, "l0": codes.l0}
 

@@ -84,12 +84,12 @@ class Archetypal(TopK):
             self.W_enc_FD.copy_(normalize(self.W_dec_FD, dim=-1))
         self.placed.fill_(1)
 
-    def loss(self, x: Tensor, y: Tensor) -> Loss:
+    def latent_loss(self, x: Tensor, y: Tensor) -> Loss:
         """As TopK, with gradients to what the decoder is made of."""
         kept = self.W_dec_FD
         self._buffers["W_dec_FD"] = self.composed()
         try:
-            return super().loss(x, y)
+            return super().latent_loss(x, y)
         finally:
             self._buffers["W_dec_FD"] = kept
 

@@ -71,9 +71,8 @@ class BatchTopK(TopK):
         y_hat_BE = self.written(value_M, routes, self.b_dec_D)
         return y_hat_BE, mse_loss(y_hat_BE, y_BE)
 
-    def loss(self, x: Tensor, y: Tensor) -> Loss:
+    def latent_loss(self, x: Tensor, y: Tensor) -> Loss:
         """mse + aux, as TopK; moves the threshold."""
-        self.check_rows(x, y)
         x_BD, y_BE = self.scaled(x), y * self.scale_out.to(y.dtype)
         value_M, routes = self.allotted(x_BD)
         y_hat_BE, mse = self.compared(value_M, routes, y_BE)

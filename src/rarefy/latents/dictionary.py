@@ -11,9 +11,8 @@ Shape letters: B = rows, D = input width, E = output width, F = latents, K = kep
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -58,12 +57,6 @@ class Dictionary(Sparse):
     scale_out: Tensor
     idle_F: Tensor
     W_skip_ED: nn.Parameter | None
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Let every loss work beside a skip connection without knowing of it."""
-        super().__init_subclass__(**kwargs)
-        if "loss" in cls.__dict__:
-            cls.loss = _beside_skip(cls.loss)  # type: ignore[method-assign]
 
     def __init__(self, d_in: Widths, width: int, d_out: Widths = 0, seed: int = 0, skip: bool | str = False) -> None:
         super().__init__()
@@ -176,6 +169,23 @@ class Dictionary(Sparse):
         if y is not x:
             check_finite(y, f"target of {self.name}")
 
+    def loss(self, x: Tensor, y: Tensor) -> Loss:
+        """`latent_loss` of rows and targets; beside a skip connection, of what that leaves of the targets, as
+        ||y - (f W + b + skip)||^2 is ||(y - skip) - (f W + b)||^2. Raises BadInput for rows with NaN or inf."""
+        self.check_rows(x, y)
+        if self.W_skip_ED is None:
+            return self.latent_loss(x, y)
+        rest = y - self.skipped(x)
+        made = self.latent_loss(x, rest)
+        return Loss(made.total, {**made.parts, "fvu": made.parts["fvu"] * self._spread(rest) / self._spread(y)})
+
+    def latent_loss(self, x: Tensor, y: Tensor) -> Loss:
+        """What the latents are trained on: rows [B, D] and what is to be made of them, [B, E], both checked and in their own units.
+
+        A class gives this, or a `loss` of its own, which then takes no skip connection.
+        """
+        raise NotImplementedError
+
     def error(self, y_hat: Tensor, y: Tensor) -> Tensor:
         """Mean squared error a channel, in scaled units (about 1 for a dictionary that gives the mean)."""
         return ((y_hat - y) * self.scale_out).pow(2).mean()
@@ -267,27 +277,6 @@ def _affine(x_BD: Tensor, y_BE: Tensor) -> Tensor:
 
     left = [(y_BE[1::2] - x_BD[1::2] @ fitted(x_BD[::2], y_BE[::2], ridge)).square().sum() for ridge in _RIDGES]
     return fitted(x_BD, y_BE, _RIDGES[int(torch.stack(left).argmin())]).T
-
-
-def _beside_skip(loss: Callable[[Any, Tensor, Tensor], Loss]) -> Callable[[Any, Tensor, Tensor], Loss]:
-    """`loss` of the target less the skip connection's share: ||y - (f W + b + skip)||^2 is ||(y - skip) - (f W + b)||^2."""
-
-    @functools.wraps(loss)
-    def beside(self: Dictionary, x: Tensor, y: Tensor) -> Loss:
-        if self.W_skip_ED is None or self.__dict__.get("_in_loss"):
-            return loss(self, x, y)
-        self.check_rows(x, y)
-        rest = y - self.skipped(x)
-        self.__dict__["_in_loss"] = True                # a loss that calls its base's loss takes the share once
-        try:
-            made = loss(self, x, rest)
-        finally:
-            del self.__dict__["_in_loss"]
-        if "fvu" in made.parts:
-            made.parts["fvu"] = made.parts["fvu"] * self._spread(rest) / self._spread(y)
-        return made
-
-    return beside
 
 
 @torch.no_grad()

@@ -46,9 +46,8 @@ class Gated(Penalised):
         gate, magnitude = self._parts(x)
         return Selection(self.width, magnitude, mask_=(gate > 0) & (magnitude > 0))
 
-    def loss(self, x: Tensor, y: Tensor) -> Loss:
+    def latent_loss(self, x: Tensor, y: Tensor) -> Loss:
         """mse + l1 of the gate + the gate's own reconstruction through the detached decoder."""
-        self.check_rows(x, y)
         gate_BF, magnitude_BF = self._parts(x)
         on_BF = (gate_BF > 0).to(gate_BF)
         f_BF = on_BF * magnitude_BF.relu()

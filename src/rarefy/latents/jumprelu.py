@@ -53,9 +53,8 @@ class JumpReLU(Penalised):
         check_finite(x, f"input of {self.name}")
         return threshold(self.pre_activations(x), self.log_theta_F.exp())
 
-    def loss(self, x: Tensor, y: Tensor) -> Loss:
+    def latent_loss(self, x: Tensor, y: Tensor) -> Loss:
         """mse + l0."""
-        self.check_rows(x, y)
         pre_BF, theta_F = self.pre_activations(x).relu(), self.log_theta_F.exp()
         f_BF = jump_relu(pre_BF, theta_F, self.bandwidth)
         y_hat = self.in_units(f_BF @ self.W_dec_FD + self.b_dec_D)

@@ -53,9 +53,8 @@ class NestedTopK(TopK):
         self.register_buffer("weight_L", weight_L / weight_L.sum(), persistent=False)
         self.register_buffer("edge_L", torch.tensor(self.levels), persistent=False)
 
-    def loss(self, x: Tensor, y: Tensor) -> Loss:
+    def latent_loss(self, x: Tensor, y: Tensor) -> Loss:
         """Weighted mse over levels + aux; the diagnostics are those of k, or of the level next above."""
-        self.check_rows(x, y)
         x_BD, y_BE = self.scaled(x), y * self.scale_out.to(y.dtype)
         value_BK, unit_BK = encode_top_k(x_BD, self.W_enc_FD, self.b_enc_F, self.levels[-1], self.centre_D)
         value_BK, order_BK = value_BK.relu().sort(dim=-1, descending=True)

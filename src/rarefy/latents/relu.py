@@ -36,9 +36,8 @@ class ReLU(Penalised):
         check_finite(x, f"input of {self.name}")
         return threshold(self.pre_activations(x), 0.0)
 
-    def loss(self, x: Tensor, y: Tensor) -> Loss:
+    def latent_loss(self, x: Tensor, y: Tensor) -> Loss:
         """mse + l1."""
-        self.check_rows(x, y)
         f_BF = self.pre_activations(x).relu()
         y_hat = self.in_units(f_BF @ self.W_dec_FD + self.b_dec_D)
         penalty = self.l1 * self.rise * self.price(f_BF) / self.d_out

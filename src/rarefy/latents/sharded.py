@@ -20,7 +20,7 @@ from ..selection import Selection
 from ..world import Shards
 from .topk import TopK
 
-_OWN = ("strongest", "combine", "aux_loss", "loss", "choose")
+_OWN = ("strongest", "combine", "aux_loss", "loss", "latent_loss", "learned", "choose", "penalties")
 _ROWS = ("W_enc_FD", "b_enc_F", "W_dec_FD", "idle_F")
 
 

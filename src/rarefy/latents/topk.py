@@ -100,9 +100,8 @@ class TopK(Dictionary):
         """Further parts of the loss, by name, each with its weight applied. Default: none."""
         return {}
 
-    def loss(self, x: Tensor, y: Tensor) -> Loss:
+    def latent_loss(self, x: Tensor, y: Tensor) -> Loss:
         """mse + penalties + aux, of rows and targets in the dictionary's units."""
-        self.check_rows(x, y)
         x_BD = self.scaled(x)
         return self.learned(x_BD, y * self.scale_out.to(y.dtype), self.choose(x_BD))
 

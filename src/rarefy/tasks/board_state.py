@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from .learned import Activations
+from .codes import Codes
 from .logistic import fit_probes
 from .recovered import f1
 
@@ -39,7 +39,7 @@ class Held:
     latent_C: Tensor
 
 
-def held_state(codes: Activations, labels_NC: Tensor, choose_N: Tensor) -> Held:
+def held_state(codes: Codes, labels_NC: Tensor, choose_N: Tensor) -> Held:
     """Judge codes of rows against labels.
 
     Args:
@@ -49,17 +49,18 @@ def held_state(codes: Activations, labels_NC: Tensor, choose_N: Tensor) -> Held:
     Raises:
         BadInput: shapes that differ, or nothing to choose or to measure on.
     """
-    if labels_NC.ndim != 2 or len(labels_NC) != codes.rows or choose_N.shape != (codes.rows,):
-        raise BadInput(f"{codes.rows} rows of codes, labels {list(labels_NC.shape)} and choose {list(choose_N.shape)} do not fit together")
+    if labels_NC.ndim != 2 or len(labels_NC) != codes.n or choose_N.shape != (codes.n,):
+        raise BadInput(f"{codes.n} rows of codes, labels {list(labels_NC.shape)} and choose {list(choose_N.shape)} do not fit together")
     if choose_N.all() or not choose_N.any():
         raise BadInput("choose needs rows of both kinds: some to choose latents on and some to measure them on")
-    chosen = choose_N[codes.row]
-    most_G = torch.zeros(codes.width).scatter_reduce_(0, codes.latent[chosen], codes.value[chosen].abs(), "amax")
+    row_M, latent_M, value_M, _ = codes.by_row
+    chosen = choose_N[row_M]
+    most_G = torch.zeros(codes.width).scatter_reduce_(0, latent_M[chosen], value_M[chosen].abs(), "amax")
     true_HGC, fired_HG = _counts(codes, labels_NC, choose_N, most_G)
     f1_HGC = 2 * true_HGC / (fired_HG[..., None] + labels_NC[choose_N].sum(0)).clamp_min(1)
     flat_C = f1_HGC.flatten(0, 1).argmax(0)
     share_C, latent_C = torch.tensor(SHARES)[flat_C // codes.width], flat_C % codes.width
-    value_NC = codes.columns(latent_C)[~choose_N]
+    value_NC = codes.columns(latent_C).abs()[~choose_N]
     truth_NC = labels_NC[~choose_N]
     f1_C = f1((value_NC > share_C * most_G[latent_C]) & (value_NC > 0), truth_NC).float()
     precise_HGC = (true_HGC >= PRECISE * fired_HG[..., None]) & (true_HGC >= 10)
@@ -67,18 +68,19 @@ def held_state(codes: Activations, labels_NC: Tensor, choose_N: Tensor) -> Held:
     return Held(float(f1_C.mean()), float(f1(said_NC.T, truth_NC.T).mean()), float(auroc(value_NC, truth_NC).mean()), f1_C, latent_C)
 
 
-def _pieces(codes: Activations) -> list[tuple[int, Tensor]]:
+def _pieces(codes: Codes) -> list[tuple[int, Tensor]]:
     """(first row, [n, G] absolute activations) of a piece of rows at a time."""
-    edges = torch.searchsorted(codes.row, torch.arange(0, codes.rows + _AT_ONCE, _AT_ONCE).clamp(max=codes.rows))
+    row_M, latent_M, value_M, begin_N = codes.by_row
+    edges = begin_N[torch.arange(0, codes.n + _AT_ONCE, _AT_ONCE).clamp(max=codes.n)]
     out = []
     for i, (a, b) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
         first = i * _AT_ONCE
-        dense = torch.zeros(min(_AT_ONCE, codes.rows - first), codes.width)
-        out.append((first, dense.index_put_((codes.row[a:b] - first, codes.latent[a:b]), codes.value[a:b].abs())))
+        dense = torch.zeros(min(_AT_ONCE, codes.n - first), codes.width)
+        out.append((first, dense.index_put_((row_M[a:b] - first, latent_M[a:b]), value_M[a:b].abs())))
     return out
 
 
-def _counts(codes: Activations, labels_NC: Tensor, choose_N: Tensor, most_G: Tensor) -> tuple[Tensor, Tensor]:
+def _counts(codes: Codes, labels_NC: Tensor, choose_N: Tensor, most_G: Tensor) -> tuple[Tensor, Tensor]:
     """([H, G, C] rows where latent and label are on, [H, G] rows where the latent is on), of the rows chosen on."""
     true_HGC = torch.zeros(len(SHARES), codes.width, labels_NC.shape[1])
     fired_HG = torch.zeros(len(SHARES), codes.width)
@@ -92,7 +94,7 @@ def _counts(codes: Activations, labels_NC: Tensor, choose_N: Tensor, most_G: Ten
     return true_HGC, fired_HG
 
 
-def _votes(codes: Activations, precise_HGC: Tensor, most_G: Tensor) -> Tensor:
+def _votes(codes: Codes, precise_HGC: Tensor, most_G: Tensor) -> Tensor:
     """[N, C] bool: a latent that is precise for the label at some threshold is above it."""
     said = []
     for _, value_nG in _pieces(codes):

@@ -25,9 +25,20 @@ class LinearMap:
     bias: Tensor
     """[E] float64."""
 
-    def __call__(self, x_ND: Tensor) -> Tensor:
-        """[N, E] float64."""
-        return x_ND.double() @ self.weight + self.bias
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., E] float64."""
+        return x.double() @ self.weight + self.bias
+
+
+@dataclass(frozen=True)
+class ErrorMaps:
+    """What a linear map of the input knows of a dictionary's error."""
+
+    to_error: LinearMap
+    """From x to the linear part of the error: x_hat + to_error(x) is the dictionary without its linear error, x - to_error(x) the input
+    with that error alone."""
+    to_square: LinearMap
+    """From x to the error's squared norm, [..., 1]."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +54,7 @@ class DarkMatter:
     fvu: float
     """The error's share of the variance of x, on the same rows."""
     to_error: LinearMap
-    """From x to the linear part of the error: x_hat + to_error(x) is the dictionary without its linear error, x - to_error(x) the model
-    without it."""
+    """See ErrorMaps."""
 
 
 def least_squares(x_ND: Tensor, y_NE: Tensor, ridge: float = 1e-6) -> LinearMap:
@@ -70,8 +80,38 @@ def r_squared(true_NE: Tensor, said_NE: Tensor) -> float:
     return 1 - error / spread if spread else float(not error)
 
 
+def error_maps(x_ND: Tensor, x_hat_ND: Tensor, *, ridge: float = 1e-6) -> ErrorMaps:
+    """Fit least-squares maps from x to the error vector and to its squared norm.
+
+    Raises:
+        BadInput: shapes that differ, values that are not finite, or fewer rows than D + 1.
+    """
+    if x_ND.shape != x_hat_ND.shape or x_ND.ndim != 2:
+        raise BadInput(f"x {list(x_ND.shape)} and x_hat {list(x_hat_ND.shape)} must be one shape, [rows, width]")
+    if len(x_ND) <= x_ND.shape[1]:
+        raise BadInput(f"{len(x_ND)} rows to fit {x_ND.shape[1] + 1} coefficients a channel on; give more rows")
+    check_finite(x_ND, "x")
+    check_finite(x_hat_ND, "x_hat")
+    error_ND = x_ND.double() - x_hat_ND.double()
+    return ErrorMaps(least_squares(x_ND, error_ND, ridge), least_squares(x_ND, error_ND.pow(2).sum(1, keepdim=True), ridge))
+
+
+def shares(maps: ErrorMaps, x_ND: Tensor, x_hat_ND: Tensor) -> DarkMatter:
+    """Measure maps on rows that they were not fitted on. Raises BadInput for fewer than 2, or values that are not finite."""
+    if x_ND.shape != x_hat_ND.shape or x_ND.ndim != 2 or len(x_ND) < 2:
+        raise BadInput(f"x {list(x_ND.shape)} and x_hat {list(x_hat_ND.shape)} must be one shape, [rows, width], with 2 rows to measure on")
+    check_finite(x_ND, "x")
+    check_finite(x_hat_ND, "x_hat")
+    error_ND = x_ND.double() - x_hat_ND.double()
+    square_N1 = error_ND.pow(2).sum(1, keepdim=True)
+    linear = r_squared(error_ND, maps.to_error(x_ND))
+    spread = float((x_ND.double() - x_ND.double().mean(0)).pow(2).sum())
+    fvu = float(square_N1.sum()) / spread if spread else 0.0
+    return DarkMatter(linear, 1 - linear, r_squared(square_N1, maps.to_square(x_ND)), fvu, maps.to_error)
+
+
 def dark_matter(x_ND: Tensor, x_hat_ND: Tensor, *, ridge: float = 1e-6, fit_share: float = 0.5) -> DarkMatter:
-    """Fit least-squares maps from x to the error vector and to its squared norm, and measure them on held-out rows.
+    """Fit the maps on some rows and measure them on the rest.
 
     Args:
         x_ND: rows, in an order that does not matter. x_hat_ND: what the dictionary makes of them.
@@ -80,19 +120,5 @@ def dark_matter(x_ND: Tensor, x_hat_ND: Tensor, *, ridge: float = 1e-6, fit_shar
     Raises:
         BadInput: shapes that differ, values that are not finite, or fewer rows to fit on than D + 1 or to measure on than 2.
     """
-    if x_ND.shape != x_hat_ND.shape or x_ND.ndim != 2:
-        raise BadInput(f"x {list(x_ND.shape)} and x_hat {list(x_hat_ND.shape)} must be one shape, [rows, width]")
     cut = round(len(x_ND) * fit_share)
-    if cut <= x_ND.shape[1] or len(x_ND) - cut < 2:
-        raise BadInput(f"{cut} rows to fit {x_ND.shape[1] + 1} coefficients a channel on and {len(x_ND) - cut} to measure; give more rows")
-    check_finite(x_ND, "x")
-    check_finite(x_hat_ND, "x_hat")
-    error_ND = x_ND.double() - x_hat_ND.double()
-    square_N1 = error_ND.pow(2).sum(1, keepdim=True)
-    to_error = least_squares(x_ND[:cut], error_ND[:cut], ridge)
-    to_square = least_squares(x_ND[:cut], square_N1[:cut], ridge)
-    x = x_ND[cut:]
-    linear = r_squared(error_ND[cut:], to_error(x))
-    spread = float((x.double() - x.double().mean(0)).pow(2).sum())
-    fvu = float(square_N1[cut:].sum()) / spread if spread else 0.0
-    return DarkMatter(linear, 1 - linear, r_squared(square_N1[cut:], to_square(x)), fvu, to_error)
+    return shares(error_maps(x_ND[:cut], x_hat_ND[:cut], ridge=ridge), x_ND[cut:], x_hat_ND[cut:])

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from .learned import Activations, Learned
+from .codes import Codes
+from .learned import Learned
 
 TOLERANCE = 0.01
 """Of the variance of the rows: what quantising may add to the squared error, and down to what the rest is described."""
@@ -72,16 +73,16 @@ def description_length(learned: Learned, x_ND: Tensor, tolerance: float = TOLERA
 
 def _coarsest(learned: Learned, x_ND: Tensor, allowed: float) -> tuple[float, Tensor, Tensor]:
     """(step, bin of each activation, rows rebuilt from bins): the largest step that adds at most `allowed` to the mean squared error."""
-    codes, x = learned.codes, x_ND.double()
+    codes, on, x = learned.codes, learned.codes.by_row, x_ND.double()
     decoder_GD = learned.decoder.double()
-    length_M = decoder_GD.norm(dim=-1).clamp_min(1e-12)[codes.latent]
-    size_M = codes.value.double() * length_M
+    length_M = decoder_GD.norm(dim=-1).clamp_min(1e-12)[on.latent_M]
+    size_M = on.value_M.double() * length_M
     before = float((x - learned.x_hat.double()).pow(2).mean())
 
     def rebuilt(step: float) -> tuple[Tensor, Tensor]:
         bin_M = (size_M / step).round()
-        change_M = bin_M * step / length_M - codes.value.double()
-        moved = Activations(codes.row, codes.latent, change_M, codes.rows, codes.width).times(decoder_GD)
+        change_M = bin_M * step / length_M - on.value_M.double()
+        moved = Codes(codes.n, codes.width, on.row_M, on.latent_M, change_M).times(decoder_GD)
         return bin_M.long(), learned.x_hat.double() + moved
 
     def fits(step: float) -> bool:
@@ -97,14 +98,14 @@ def _coarsest(learned: Learned, x_ND: Tensor, allowed: float) -> tuple[float, Te
     return low, *rebuilt(low)
 
 
-def entropy(codes: Activations, bin_M: Tensor) -> float:
-    """Bits a row: sum over latents of the entropy of its bin, bin 0 being off."""
+def entropy(codes: Codes, bin_M: Tensor) -> float:
+    """Bits a row: sum over latents of the entropy of its bin, bin 0 being off. Bins in the order of `codes.by_row`."""
     keep_M = bin_M != 0
-    latent_M, bin_M = codes.latent[keep_M], bin_M[keep_M]
+    latent_M, bin_M = codes.by_row.latent_M[keep_M], bin_M[keep_M]
     if not len(bin_M):
         return 0.0
     low, span = int(bin_M.min()), int(bin_M.max() - bin_M.min()) + 1
     count = (latent_M * span + bin_M - low).unique(return_counts=True)[1].double()
-    off_G = codes.rows - torch.bincount(latent_M, minlength=codes.width).double()
-    share = torch.cat([count, off_G]) / codes.rows
+    off_G = codes.n - torch.bincount(latent_M, minlength=codes.width).double()
+    share = torch.cat([count, off_G]) / codes.n
     return float(-torch.special.xlogy(share, share).sum()) / math.log(2)

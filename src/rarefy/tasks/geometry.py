@@ -42,7 +42,7 @@ def geometry(learned: Learned) -> Geometry:
     alive_G = fired_G > 0
     most = nearest_other(learned.decoder[alive_G])
     return Geometry(
-        float((~alive_G).double().mean()), float((fired_G > DENSE * learned.codes.rows).double().mean()),
+        float((~alive_G).double().mean()), float((fired_G > DENSE * learned.codes.n).double().mean()),
         int((most > DUPLICATE).sum()) / learned.width, float(most.mean()) if len(most) > 1 else 0.0,
     )
 

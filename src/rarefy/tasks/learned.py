@@ -10,69 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 from ..errors import BadInput
 from ..method import Sparse
 from ..selection import check_finite
-
-
-@dataclass(frozen=True)
-class Activations:
-    """Activations that are not zero."""
-
-    row: Tensor
-    """[M] int64, rising."""
-    latent: Tensor
-    """[M] int64."""
-    value: Tensor
-    """[M] float32, not zero; negative only for dictionaries that sign their latents."""
-    rows: int
-    width: int
-
-    @classmethod
-    def of(cls, dense_NG: Tensor) -> Activations:
-        """From a matrix."""
-        row_M, latent_M = dense_NG.nonzero(as_tuple=True)
-        return cls(row_M, latent_M, dense_NG[row_M, latent_M].float(), *dense_NG.shape)
-
-    @property
-    def dense(self) -> Tensor:
-        """[N, G] float32."""
-        return torch.zeros(self.rows, self.width).index_put_((self.row, self.latent), self.value)
-
-    @property
-    def fired(self) -> Tensor:
-        """[G] int64 rows on which each latent is on."""
-        return torch.bincount(self.latent, minlength=self.width)
-
-    @property
-    def l0(self) -> float:
-        """Latents on a row."""
-        return len(self.value) / self.rows
-
-    def columns(self, latent_C: Tensor) -> Tensor:
-        """[N, C] absolute activations of some latents, one of which may be named twice; zeros for latent -1."""
-        some, back_C = latent_C.unique(return_inverse=True)
-        place_G = torch.full((self.width,), -1)
-        place_G[some[some >= 0]] = (some >= 0).nonzero()[:, 0]
-        column_M = place_G[self.latent]
-        there_M = column_M >= 0
-        out_NS = torch.zeros(self.rows, len(some)).index_put_((self.row[there_M], column_M[there_M]), self.value[there_M].abs())
-        return out_NS[:, back_C]
-
-    def times(self, decoder_GD: Tensor) -> Tensor:
-        """[N, D] codes @ decoder, in the decoder's dtype; work in proportion to what is on."""
-        begin_N = torch.bincount(self.row, minlength=self.rows).cumsum(0).roll(1)
-        begin_N[0] = 0
-        return embedding_bag(self.latent, decoder_GD, begin_N, mode="sum", per_sample_weights=self.value.to(decoder_GD.dtype))
+from .codes import Codes
 
 
 @dataclass(frozen=True)
 class Learned:
     """A dictionary on rows; everything in the rows' own units."""
 
-    codes: Activations
+    codes: Codes
+    """In index form."""
     decoder: Tensor
     """[G, D] float32; x_hat - codes @ decoder is the same for every row."""
     encoder: Tensor
@@ -88,7 +38,7 @@ class Learned:
     @property
     def signed(self) -> bool:
         """Whether activations may be negative, so that a direction and its opposite are one latent."""
-        return bool((self.codes.value < 0).any())
+        return bool((self.codes.value_M < 0).any())
 
 
 def decoder_of(method: Sparse, d: int) -> Tensor:
@@ -125,9 +75,9 @@ def read(method: Sparse, x_ND: Tensor, at_once: int = 2048) -> Learned:
     decoder = decoder.float() / getattr(made, "scale_out", torch.ones(()))
     encoder = getattr(made, "W_enc_FD", None)
     encoder = decoder if not isinstance(encoder, Tensor) else encoder.detach().float()
-    return Learned(Activations(row_M, latent_M, value_M, len(x_ND), len(decoder)), decoder, encoder, torch.cat(outs))
+    return Learned(Codes(len(x_ND), len(decoder), row_M, latent_M, value_M), decoder, encoder, torch.cat(outs))
 
 
 def perfect(codes_NG: Tensor, decoder_GD: Tensor) -> Learned:
     """Given codes and directions as if they had been learned: the skyline of a table on planted data."""
-    return Learned(Activations.of(codes_NG), decoder_GD, decoder_GD, codes_NG @ decoder_GD)
+    return Learned(Codes.of(codes_NG), decoder_GD, decoder_GD, codes_NG @ decoder_GD)

@@ -44,9 +44,9 @@ def absorption(learned: Learned, truth: Truth, writes: float = WRITES) -> Absorp
     parents = [int(p) for p in truth.parent[truth.parent >= 0].unique()]
     if not parents:
         raise BadInput("no feature has a parent; use a planted kind with parents, hierarchical or contained")
-    if learned.codes.rows != len(truth.x):
-        raise BadInput(f"{learned.codes.rows} rows were read and {len(truth.x)} given; give the same")
-    value_NG = learned.codes.dense
+    if learned.codes.n != len(truth.x):
+        raise BadInput(f"{learned.codes.n} rows were read and {len(truth.x)} given; give the same")
+    value_NG = learned.codes.matrix
     along_GF = learned.decoder @ truth.dictionary.T
     on_NG, on_NF = value_NG != 0, truth.codes != 0
     absorbed, missed, mains = [], [], []

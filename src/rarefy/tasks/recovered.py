@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..errors import BadInput
-from .learned import Activations
+from .codes import Codes
 from .planted import assign
 
 _AT_ONCE = 256
@@ -27,7 +27,7 @@ def cosines(learned_GD: Tensor, true_FD: Tensor, *, signed: bool = False) -> Ten
     return cosine_FG.abs() if signed else cosine_FG
 
 
-def feature_f1(codes: Activations, on_NF: Tensor, match_F: Tensor) -> Tensor:
+def feature_f1(codes: Codes, on_NF: Tensor, match_F: Tensor) -> Tensor:
     """[F] F1 of "the matched latent is above its threshold" against "the feature is on".
 
     The threshold is the best one on the even rows, the F1 that on the odd rows. A feature without partner has 0.
@@ -35,11 +35,11 @@ def feature_f1(codes: Activations, on_NF: Tensor, match_F: Tensor) -> Tensor:
     Args:
         codes: activations; absolute values count. on_NF: bool. match_F: latent of each feature, -1 for none.
     """
-    if on_NF.shape != (codes.rows, len(match_F)) or codes.rows < 2:
-        raise BadInput(f"on {list(on_NF.shape)} must be [{codes.rows}, {len(match_F)}], with at least two rows")
+    if on_NF.shape != (codes.n, len(match_F)) or codes.n < 2:
+        raise BadInput(f"on {list(on_NF.shape)} must be [{codes.n}, {len(match_F)}], with at least two rows")
     out_F = torch.zeros(len(match_F), dtype=torch.float64)
     for at in torch.arange(len(match_F)).split(_AT_ONCE):
-        value_NC = codes.columns(match_F[at])
+        value_NC = codes.columns(match_F[at]).abs()
         tau_C = _best_threshold(value_NC[::2], on_NF[::2, at])
         out_F[at] = f1(value_NC[1::2] > tau_C, on_NF[1::2, at])
     return out_F

@@ -92,11 +92,6 @@ def _most(codes: Codes) -> Tensor:
 
 def _f1(codes: Codes, over_F: Tensor, y_NC: Tensor) -> Tensor:
     """[F, C] F1 of each latent's being above its threshold, for each concept, at the frequencies that there are."""
-    if codes.dense_NF is not None:
-        on = Codes.dense((codes.dense_NF > over_F).float())
-    else:
-        above = codes.value_M > over_F[codes.latent_M]
-        on = Codes(codes.n, codes.width, codes.latent_M[above], codes.row_M[above], torch.ones(int(above.sum())))
-    both_F = on.sums(torch.cat([y_NC.float(), torch.ones(len(y_NC), 1)], 1))
+    both_F = codes.over(over_F).sums(torch.cat([y_NC.float(), torch.ones(len(y_NC), 1)], 1))
     hits_FC, fires_F1 = both_F[:, :-1], both_F[:, -1:]
     return 2 * hits_FC / (fires_F1 + y_NC.sum(0)).clamp_min(1)
