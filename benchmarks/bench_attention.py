@@ -1,11 +1,15 @@
-"""Attention over chosen key blocks against dense torch on this machine's CPU, float32, causal, choosing counted.
+"""Attention over chosen blocks against torch's dense attention on this machine's CPU, one thread, all in one run.
 
-    python benchmarks/bench_attention.py [--prefill 2048,8192] [--decode 8192,32768] [--heads 8] [--kv-heads 2]
-        [--width 64] [--runs 7] [--out FILE.json]
+    python benchmarks/bench_attention.py [--prefill 8192,16384] [--train 4096,8192] [--decode 8192,32768] [--heads 8] [--kv-heads 8]
+        [--width 64] [--runs 5] [--dtypes float32,bfloat16] [--out FILE.json]
 
-Dense and sparse calls alternate, so that a busy machine slows both. Ratios are dense / sparse of CPU time (process
-time, all threads), medians. Decoding is timed in three parts: `attend` as a model calls it (checks and page bounds
-over all keys every step), with page bounds that the caller keeps, and the kernel on a mask that is given.
+Calls alternate, so that a busy machine slows all of them; figures are medians of the thread's CPU time, ratios are dense / call. "ideal" is
+dense time times density: 100 % means that nothing is lost against the dense kernel of torch, more that ours is the faster one.
+
+prefill    sink + window and random blocks (its own, and others drawn a head) at about 10 % and 5 % of the causal blocks, blocks of 64
+chosen     prefill with its selection counted: mean-pooled block scores, causal top-k, then attention
+train      forward and backward
+decode     5 % of the keys in pages of 16 by QUEST's bounds (selection counted; page metadata kept, in bfloat16); all pages by the same kernel
 """
 
 from __future__ import annotations
@@ -21,105 +25,163 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from rarefy.attention.block import BlockAttention
-from rarefy.attention.quest import Quest, page_bounds
-from rarefy.attention.window import WindowSinks
-from rarefy.kernels.block_attention import block_attention
+from rarefy.attention.block import highest
+from rarefy.kernels.block_attention import block_attention, page_meta, page_scores, top_pages
 
-PREFILL = ((0.1, 64, 64), (0.25, 64, 64), (0.25, 16, 64))
-"""(budget, block, query_block)"""
-DECODE = ((0.05, 16), (0.25, 16))
-"""(budget, block)"""
+BLOCK, PAGE = 64, 16
+Calls = dict[str, tuple[Callable[[], object], float]]
+"""name -> (call, density of its causal blocks; 0 where "ideal" says nothing)"""
 
 
-def cpu_ms(calls: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
-    """Median CPU milliseconds of each call, in turn, after one uncounted round."""
+def cpu_ms(calls: Calls, runs: int) -> dict[str, float]:
+    """Median CPU milliseconds of each call, in turn, after one uncounted round; short calls are repeated within a turn."""
     times: dict[str, list[float]] = {name: [] for name in calls}
+    again = dict.fromkeys(calls, 1)
     for run in range(runs + 1):
-        for name, call in calls.items():
-            start = time.process_time()
-            call()
+        for name, (call, _) in calls.items():
+            start = time.thread_time()
+            for _ in range(again[name]):
+                call()
+            spent = (time.thread_time() - start) * 1e3 / again[name]
             if run:
-                times[name].append((time.process_time() - start) * 1e3)
+                times[name].append(spent)
+            else:
+                again[name] = max(1, min(50, int(10 / max(spent, 1e-3))))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def tensors(args: argparse.Namespace, T: int, S: int) -> tuple[Tensor, Tensor, Tensor]:
+def tensors(args: argparse.Namespace, dtype: torch.dtype, T: int, S: int) -> tuple[Tensor, Tensor, Tensor]:
     """Random q, k, v at batch 1."""
     r = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(1, n, s, args.width, generator=r) for n, s in ((args.heads, T), (args.kv_heads, S), (args.kv_heads, S)))  # type: ignore[return-value]
+    sizes = ((args.heads, T), (args.kv_heads, S), (args.kv_heads, S))
+    return tuple(torch.randn(1, n, s, args.width, generator=r).to(dtype) for n, s in sizes)  # type: ignore[return-value]
 
 
-def rows(kind: str, S: int, ms: dict[str, float], density: dict[str, float]) -> Iterator[dict[str, object]]:
-    """One row a sparse call."""
-    for name, value in ms.items():
-        if name != "dense":
-            yield {"kind": kind, "keys": S, "call": name, "density": round(density.get(name, 0.0), 4), "ms": round(value, 3),
-                   "dense_ms": round(ms["dense"], 3), "ratio": round(ms["dense"] / value, 2)}
+def causal(n: int) -> Tensor:
+    """[n, n] bool."""
+    return torch.ones(n, n, dtype=torch.bool).tril()
 
 
-def prefill(args: argparse.Namespace, S: int) -> Iterator[dict[str, object]]:
-    """S queries over S keys."""
-    q, k, v = tensors(args, S, S)
-    calls: dict[str, Callable[[], object]] = {"dense": lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)}
-    density = {}
-    for cls in (Quest, WindowSinks):
-        for budget, block, query_block in PREFILL:
-            method: BlockAttention = cls(budget=budget, block=block, query_block=query_block)
-            name = f"{cls.name} {budget:g}, block {block}, query block {query_block}"
-            method(q, k, v)
-            density[name] = method.measured_density()
-            calls[name] = lambda method=method: method(q, k, v)
-    yield from rows("prefill", S, cpu_ms(calls, args.runs), density)
+def sink_window(n: int, density: float) -> Tensor:
+    """[1, 1, n, n]: the first block and the last w, w so that the share of causal blocks comes nearest to `density`."""
+    i = torch.arange(n)
+    masks = [causal(n) & ((i[:, None] - i < w) | (i == 0)) for w in range(1, n + 1)]
+    return min(masks, key=lambda m: abs(int(m.sum()) / int(causal(n).sum()) - density))[None, None]
 
 
-def decode(args: argparse.Namespace, S: int) -> Iterator[dict[str, object]]:
+def random_blocks(n: int, density: float, heads: int) -> Tensor:
+    """[1, H, n, n]: the own block and as many others, drawn anew a head and row, as make about `density` of the causal blocks."""
+    score = torch.rand(heads, n, n, generator=torch.Generator().manual_seed(0)).masked_fill(~causal(n), -1.0)
+    score.diagonal(dim1=1, dim2=2).fill_(2.0)
+    keep = max(1, next((K for K in range(1, n + 1) if sum(min(K, i + 1) for i in range(n)) >= density * n * (n + 1) / 2), n))
+    return (highest(score, torch.full((n, 1), keep)) & causal(n))[None]
+
+
+def pooled_choice(q: Tensor, k: Tensor, density: float) -> Tensor:
+    """[1, H, n, n]: of each query block's visible key blocks the `density` with the highest product of mean query and mean key."""
+    share = q.shape[1] // k.shape[1]
+    mean_q, mean_k = (x.unflatten(2, (-1, BLOCK)).mean(3, dtype=torch.float32) for x in (q, k))
+    score = mean_q @ mean_k.repeat_interleave(share, 1).mT
+    n = score.shape[-1]
+    score = score.masked_fill(~causal(n), -torch.inf)
+    score.diagonal(dim1=2, dim2=3).fill_(torch.inf)
+    keep = torch.tensor([max(1, round(density * (i + 1))) for i in range(n)])[:, None]
+    return highest(score, keep) & causal(n)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Ours, blocks of 64."""
+    return block_attention(q, k, v, mask, block=BLOCK, query_block=BLOCK, scale=q.shape[-1] ** -0.5)
+
+
+def share_of(mask: Tensor) -> float:
+    """Chosen blocks of causal blocks."""
+    return float((mask & causal(mask.shape[-1])).double().mean() / causal(mask.shape[-1]).double().mean())
+
+
+def prefill(args: argparse.Namespace, dtype: torch.dtype, S: int) -> Calls:
+    """S queries over S keys, forward; masks given, then chosen within the call."""
+    q, k, v = tensors(args, dtype, S, S)
+    n = S // BLOCK
+    calls: Calls = {
+        "dense": (lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), 0.0),
+        "ours, all blocks": (lambda: attention(q, k, v, torch.ones(1, 1, n, n, dtype=torch.bool)), 1.0),
+    }
+    for density in (0.1, 0.05):
+        for kind, mask in (("sink + window", sink_window(n, density)), ("random", random_blocks(n, density, args.heads))):
+            calls[f"{kind}, {share_of(mask):.3f}"] = (lambda mask=mask: attention(q, k, v, mask)), share_of(mask)
+        mask = pooled_choice(q, k, density)
+        calls[f"chosen in the call, {share_of(mask):.3f}"] = (lambda d=density: attention(q, k, v, pooled_choice(q, k, d))), share_of(mask)
+    return calls
+
+
+def train(args: argparse.Namespace, dtype: torch.dtype, S: int) -> Calls:
+    """Forward and backward."""
+    inputs = tuple(x.requires_grad_() for x in tensors(args, dtype, S, S))
+    grad, n = torch.randn_like(inputs[0]), S // BLOCK
+
+    def both(forward: Callable[[], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(forward(), inputs, grad)
+
+    calls: Calls = {
+        "dense": (both(lambda: scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)), 0.0),
+        "ours, all blocks": (both(lambda: attention(*inputs, torch.ones(1, 1, n, n, dtype=torch.bool))), 1.0),
+    }
+    for density in (0.1, 0.05):
+        for kind, mask in (("sink + window", sink_window(n, density)), ("random", random_blocks(n, density, args.heads))):
+            calls[f"{kind}, {share_of(mask):.3f}"] = both(lambda mask=mask: attention(*inputs, mask)), share_of(mask)
+    return calls
+
+
+def decode(args: argparse.Namespace, dtype: torch.dtype, S: int) -> Calls:
     """One query over S keys."""
-    q, k, v = tensors(args, 1, S)
-    calls: dict[str, Callable[[], object]] = {"dense": lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True)}
-    density = {}
-    for budget, block in DECODE:
-        method = Quest(budget=budget, block=block)
-        mask = method.choose(q, k, True)
-        low, high = (x.mT.contiguous() for x in page_bounds(k, block))
-        how = {"block": block, "query_block": 1, "scale": args.width**-0.5}
+    q, k, v = tensors(args, dtype, 1, S)
+    how = {"block": PAGE, "query_block": 1, "scale": args.width**-0.5}
+    meta, pages = page_meta(k, PAGE, half=True), S // PAGE
+    keep, every = max(1, round(0.05 * pages)), torch.ones(1, 1, 1, pages, dtype=torch.bool)
 
-        def bounded(low: Tensor = low, high: Tensor = high, mask: Tensor = mask, how: dict = how) -> Tensor:
-            q_BGRD = q.unflatten(1, (args.kv_heads, -1)).squeeze(3)
-            score_BHN = (q_BGRD.clamp_min(0) @ high - (-q_BGRD).clamp_min(0) @ low).flatten(1, 2)
-            score_BHN[..., -1] = torch.inf
-            index = score_BHN.topk(int(mask[0, 0, 0].sum()), -1).indices
-            chosen = torch.zeros_like(mask[:, :, 0]).scatter_(-1, index, True)
-            return block_attention(q, k, v, chosen[:, :, None], **how)
+    def choose() -> Tensor:
+        return top_pages(page_scores(q, k, PAGE, meta), keep)
 
-        names = [f"quest {budget:g}, page {block}, {part}" for part in ("attend", "bounds kept", "kernel alone")]
-        calls |= dict(zip(names, (lambda method=method: method(q, k, v), bounded,
-                                  lambda mask=mask, how=how: block_attention(q, k, v, mask, **how)), strict=True))
-        torch.testing.assert_close(calls[names[0]](), calls[names[1]](), rtol=1e-4, atol=1e-5)
-        method.measured_density()
-        method(q, k, v)
-        density |= dict.fromkeys(names, method.measured_density())
-    yield from rows("decode", S, cpu_ms(calls, 5 * args.runs), density)
+    chosen = choose()
+    return {
+        "dense": (lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True), 0.0),
+        "ours, all pages": (lambda: block_attention(q, k, v, every, **how), 1.0),
+        "5 % of the pages, chosen in the call": (lambda: block_attention(q, k, v, choose(), **how), keep / pages),
+        "5 % of the pages, given": (lambda: block_attention(q, k, v, chosen, **how), keep / pages),
+        "choosing alone": (choose, 0.0),
+    }
+
+
+def rows(kind: str, dtype: str, S: int, calls: Calls, runs: int) -> Iterator[dict[str, object]]:
+    """One row a call."""
+    ms = cpu_ms(calls, runs)
+    for name, value in ms.items():
+        density = calls[name][1]
+        yield {"kind": kind, "dtype": dtype, "keys": S, "call": name, "ms": round(value, 3), "ratio": round(ms["dense"] / value, 2),
+               "ideal": round(ms["dense"] * density / value, 3) if density else None}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     sizes = {"type": lambda text: [int(x) for x in text.split(",") if x]}
-    parser.add_argument("--prefill", default=[2048, 8192], **sizes)
-    parser.add_argument("--decode", default=[8192, 32768], **sizes)
-    for name, value in (("heads", 8), ("kv-heads", 2), ("width", 64), ("runs", 7), ("threads", 1)):
+    for name, value in (("prefill", [8192, 16384]), ("train", [4096, 8192]), ("decode", [8192, 32768])):
+        parser.add_argument(f"--{name}", default=value, **sizes)
+    for name, value in (("heads", 8), ("kv-heads", 8), ("width", 64), ("runs", 5), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--dtypes", default=["float32", "bfloat16"], type=lambda text: text.split(","))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = []
-    with torch.no_grad():
-        for measure, sizes_of in ((prefill, args.prefill), (decode, args.decode)):
-            for S in sizes_of:
-                for row in measure(args, S):
-                    results.append(row)
-                    print(f"{row['kind']:8}{row['keys']:7} {row['call']:52} density {row['density']:.3f}  "
-                          f"{row['ms']:9.2f} ms  dense/sparse {row['ratio']}", flush=True)
+    for measure, lengths, runs in ((prefill, args.prefill, args.runs), (train, args.train, args.runs), (decode, args.decode, 5 * args.runs)):
+        for dtype in args.dtypes:
+            for S in lengths:
+                with torch.set_grad_enabled(measure is train):
+                    for row in rows(measure.__name__, dtype, S, measure(args, getattr(torch, dtype), S), runs):
+                        results.append(row)
+                        ideal = f"{100 * row['ideal']:6.0f} % of ideal" if isinstance(row["ideal"], float) else ""
+                        print(f"{row['kind']:8}{dtype:9}{S:7} {row['call']:40}{row['ms']:10.2f} ms {row['ratio']:7.2f}x{ideal}", flush=True)
     if args.out:
         args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

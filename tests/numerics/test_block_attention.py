@@ -13,7 +13,7 @@ from torch import Tensor
 
 import rarefy.kernels.block_attention as kernel
 from rarefy.errors import BadInput
-from rarefy.kernels.block_attention import block_attention, block_attention_reference, blocks_of, decode
+from rarefy.kernels.block_attention import block_attention, block_attention_reference, blocks_of, decode, gather
 from rarefy.kernels.block_attention.gather import gather_blocks
 
 SHAPES = [  # B, H, G, T, S, D, block, query_block
@@ -88,8 +88,6 @@ def test_a_pattern_finer_than_a_block(shape: tuple[int, ...]) -> None:
 
 
 def test_chunks_of_query_blocks_join(monkeypatch: pytest.MonkeyPatch) -> None:
-    import rarefy.kernels.block_attention.gather as gather
-
     q, k, v, mask = case(SHAPES[2])
     how = {"block": 16, "query_block": 8, "scale": 1.0, "causal": True}
     whole = gather_blocks(q, k, v, mask, **how)
@@ -103,7 +101,7 @@ def test_rows_of_single_queries_join(monkeypatch: pytest.MonkeyPatch) -> None:
     how = {"block": 8, "query_block": 1, "scale": 1.0, "causal": True, "allowed": lambda at, s: (at + s) % 5 != 0}
     whole = block_attention_reference(q, k, v, mask, **how)
     for rows in (1, 7, 33):
-        monkeypatch.setattr(kernel, "ROWS", rows)
+        monkeypatch.setattr(gather, "ROWS", rows)
         torch.testing.assert_close(block_attention(q, k, v, mask, **how), whole, rtol=1e-5, atol=1e-6)
 
 
@@ -147,7 +145,7 @@ def test_a_decoding_query_never_reads_pages_it_did_not_choose() -> None:
     torch.testing.assert_close(block_attention(q, k, v, mask, block=16, query_block=1, scale=0.3), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(decode._kernel() is None, reason="numba is not installed")
+@pytest.mark.skipif(not decode.available(torch.ones(1)), reason="numba is not installed")
 def test_the_fast_decode_takes_views_and_large_logits() -> None:
     r = torch.Generator().manual_seed(0)
     cache = torch.randn(2, 50, 2, 8, generator=r)                      # [B, S, G, D], as some caches lie
@@ -190,8 +188,8 @@ def test_work_follows_the_mask() -> None:
     own = torch.eye(16, dtype=torch.bool).expand_as(mask)
     how = {"block": 16, "query_block": 16, "scale": 1.0}
     with sdpa_kernel(SDPBackend.MATH):
-        sparse = counted_flops(lambda: block_attention(q, k, v, own, **how))
-        whole = counted_flops(lambda: block_attention(q, k, v, torch.ones_like(mask), **how))
+        sparse = counted_flops(lambda: gather_blocks(q, k, v, own, causal=True, **how))
+        whole = counted_flops(lambda: gather_blocks(q, k, v, torch.ones_like(mask), causal=True, **how))
     assert sparse == 2 * 2 * 2 * 256 * 16 * 16                         # two products, a multiply-add is 2; H, T, keys, D
     assert whole == 16 * sparse
 

@@ -3,83 +3,89 @@
 Shape letters: B = batch, H = query heads, G = key heads (H is a multiple of G), T = queries, S = keys, D = head width,
 Q = query blocks, N = key blocks. Query t stands at position S - T + t; query blocks are cut at multiples of
 `query_block` of that position, key blocks at multiples of `block`.
+
+After FlashAttention (Dao et al. 2022, arXiv 2205.14135: tiles, running maximum and sum, recomputation in the backward pass, a block
+mask), FlashInfer (Ye et al. 2025, arXiv 2501.01005: partial states that merge exactly) and sparse causal flash attention (Pagliardini et
+al. 2023, arXiv 2306.01160: pairs inside a tile masked one by one).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import BadInput
-from .bounds import page_scores
+from .. import gpu
+from . import tiles
+from .bounds import page_meta, page_scores, top_pages
 from .decode import available, decode_pages
-from .gather import gather_blocks
+from .gather import by_rows, gather_blocks
+from .mask import Allowed, BlockMask, as_mask, blocks_of
 from .reference import block_attention_reference, token_mask
+from .softmax import merge
+from .tokens import check_shapes, token_attention
 
-Allowed = Callable[[Tensor, Tensor], Tensor]
-"""(query positions [...], key positions [...]) -> bool, for patterns finer than a block."""
-
-ROWS = 256
-"""Queries whose dense scores are held at once where every query chooses for itself."""
-
-__all__ = ["Allowed", "available", "block_attention", "block_attention_reference", "blocks_of", "page_scores", "token_mask"]
-
-
-def blocks_of(T: int, S: int, block: int, query_block: int) -> tuple[int, int]:
-    """(Q, N): how many query and key blocks T queries at the end of S keys fall into."""
-    first = (S - T) // query_block
-    return (-(-S // query_block) - first if T else 0), -(-S // block)
+__all__ = [
+    "Allowed", "BlockMask", "available", "block_attention", "block_attention_reference", "blocks_of", "merge", "page_meta", "page_scores",
+    "token_attention", "token_mask", "top_pages",
+]
 
 
 def block_attention(
-    q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_BHQN: Tensor, *, block: int, query_block: int, scale: float,
-    causal: bool = True, allowed: Allowed | None = None,
-) -> Tensor:
-    """[B, H, T, D]. A query left without any key gives zeros. Differentiable in q, k and v.
+    q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: Tensor | BlockMask, *, block: int, query_block: int, scale: float,
+    causal: bool = True, allowed: Allowed | None = None, return_lse: bool = False,
+) -> Any:
+    """[B, H, T, D]; with `return_lse` also lse [B, H, T], the logarithm of the sum of exp(logit) over a query's keys.
+
+    A query left without any key gives zeros and lse -inf. Differentiable in q, k and v.
+
+    Args:
+        mask: [B, H, Q, N] bool (B and H may be 1 where all share), or a BlockMask.
+        allowed: pairs inside chosen blocks: (query position, key position[, head]) -> bool, broadcasting.
 
     Raises:
         BadInput: shapes that do not fit, tensors on different devices.
     """
-    B, H, T, D = q_BHTD.shape
-    G, S = k_BGSD.shape[1:3]
-    if H % G or k_BGSD.shape != v_BGSD.shape or k_BGSD.shape[0] != B or k_BGSD.shape[-1] != D:
-        raise BadInput(f"queries {list(q_BHTD.shape)} do not fit keys {list(k_BGSD.shape)} and values {list(v_BGSD.shape)}")
+    B, H, T, _ = q_BHTD.shape
+    check_shapes(q_BHTD, k_BGSD, v_BGSD)
+    S = k_BGSD.shape[2]
     if T > S:
         raise BadInput(f"{T} queries but only {S} keys: each query's own key must be among them")
-    if not q_BHTD.device == k_BGSD.device == v_BGSD.device == mask_BHQN.device:
-        raise BadInput(f"queries are on {q_BHTD.device}, keys on {k_BGSD.device}, the mask on {mask_BHQN.device}: move them to one device")
-    if mask_BHQN.shape != (B, H, *blocks_of(T, S, block, query_block)):
-        need = [B, H, *blocks_of(T, S, block, query_block)]
-        raise BadInput(f"the block mask has shape {list(mask_BHQN.shape)}; {T} queries and {S} keys need {need}")
+    found = as_mask(mask, block, query_block)
+    if found.blocks.device != q_BHTD.device:
+        raise BadInput(f"queries are on {q_BHTD.device}, the mask on {found.blocks.device}: move them to one device")
+    need = (B, H, *blocks_of(T, S, block, query_block))
+    b, h, *rest = found.blocks.shape
+    if b not in (1, B) or h not in (1, H) or tuple(rest) != need[2:]:
+        raise BadInput(f"the block mask has shape {list(found.blocks.shape)}; {T} queries and {S} keys need {list(need)}")
     if not q_BHTD.numel():
-        return torch.zeros_like(q_BHTD)
-    if T == 1 and allowed is None and available(q_BHTD, k_BGSD, v_BGSD):
-        return decode_pages(q_BHTD, k_BGSD, v_BGSD, mask_BHQN[:, :, 0], block, scale)
-    if query_block == 1 and T > 1:
-        # Each query with keys of its own: gathering them moves more bytes than a masked dense product costs.
-        return _by_rows(q_BHTD, k_BGSD, v_BGSD, mask_BHQN, block, scale, causal, allowed)
-    return gather_blocks(
-        q_BHTD, k_BGSD, v_BGSD, mask_BHQN, block=block, query_block=query_block, scale=scale, causal=causal, allowed=allowed
-    )
+        wide = torch.promote_types(q_BHTD.dtype, torch.float32)
+        return (torch.zeros_like(q_BHTD), q_BHTD.new_zeros((B, H, T), dtype=wide)) if return_lse else torch.zeros_like(q_BHTD)
+    found = BlockMask(found.blocks.expand(need), None if found.partial is None else found.partial.expand(need), found.tiles, block, query_block)
+    if T == 1 and allowed is None and found.partial is None and _one_query(q_BHTD, k_BGSD, v_BGSD):
+        out, lse = _decode(q_BHTD, k_BGSD, v_BGSD, found.blocks[:, :, 0], block, scale)
+        return (out, lse) if return_lse else out
+    tiled = tiles.path(q_BHTD, k_BGSD, v_BGSD, block, query_block, scale)
+    if tiled is not None and (allowed is None or found.partial is None):
+        if allowed is not None:
+            found = BlockMask.of(found.blocks, allowed, T, S, block=block, query_block=query_block, heads=H)
+        out, lse = tiles.attend(tiled, q_BHTD, k_BGSD, v_BGSD, found, scale, causal)
+        return (out, lse) if return_lse else out
+    path = by_rows if query_block == 1 and T > 1 else gather_blocks
+    how = {"block": block, "query_block": query_block, "scale": scale, "causal": causal, "allowed": allowed, "return_lse": return_lse}
+    return path(q_BHTD, k_BGSD, v_BGSD, found, **how)
 
 
-def _by_rows(
-    q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_BHTN: Tensor, block: int, scale: float, causal: bool, allowed: Allowed | None
-) -> Tensor:
-    """The dense definition, some rows at a time; causal rows leave out the keys that come after all of them."""
-    T, S = q_BHTD.shape[2], k_BGSD.shape[2]
-    if not causal:            # rows could not be told their positions: a query stands where its keys end
-        return block_attention_reference(
-            q_BHTD, k_BGSD, v_BGSD, mask_BHTN, block=block, query_block=1, scale=scale, causal=False, allowed=allowed
-        )
-    out = []
-    for start in range(0, T, ROWS):
-        stop = min(T, start + ROWS)
-        seen = S - T + stop
-        out.append(block_attention_reference(
-            q_BHTD[:, :, start:stop], k_BGSD[:, :, :seen], v_BGSD[:, :, :seen], mask_BHTN[:, :, start:stop, : -(-seen // block)],
-            block=block, query_block=1, scale=scale, causal=True, allowed=allowed,
-        ))
-    return torch.cat(out, 2)
+def _one_query(*tensors: Tensor) -> bool:
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return available(*tensors) or (gpu.serves(*tensors, dtypes=tiles.HALVES) and not wanted)
+
+
+def _decode(q: Tensor, k: Tensor, v: Tensor, mask_BHN: Tensor, block: int, scale: float) -> tuple[Tensor, Tensor]:
+    if gpu.serves(q, k, v, dtypes=tiles.HALVES):
+        from .triton import decode_pages as on_gpu
+
+        return on_gpu(q, k, v, mask_BHN, block, scale)
+    return decode_pages(q, k, v, mask_BHN, block, scale)

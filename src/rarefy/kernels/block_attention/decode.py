@@ -1,70 +1,72 @@
-"""CPU decoding: one query a head reads its chosen pages in place, with an online softmax; float32, no gather.
+"""CPU decoding: one query a head reads its chosen pages, or each query its listed keys, in place; float32 and bfloat16, no gather.
 
-Shape letters as in __init__.py.
+Shape letters as in __init__.py; K = places in a query's list.
 """
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
-
-@cache
-def _kernel() -> Any:
-    try:
-        import numba
-    except ImportError:
-        return None
-    import numpy as np
-
-    @numba.njit(cache=True, nogil=True, fastmath={"contract", "reassoc"})
-    def run(q, k, v, mask, block, scale, out):  # type: ignore[no-untyped-def]
-        B, H, D = q.shape
-        S, share = k.shape[2], H // k.shape[1]
-        score = np.empty(S, np.float32)
-        for b in range(B):
-            for h in range(H):
-                g = h // share
-                top = np.float32(-np.inf)
-                for n in range(mask.shape[2]):
-                    if mask[b, h, n]:
-                        for s in range(n * block, min(S, (n + 1) * block)):
-                            dot = np.float32(0.0)
-                            for d in range(D):
-                                dot += q[b, h, d] * k[b, g, s, d]
-                            score[s] = dot * scale
-                            top = max(top, score[s])
-                total = np.float32(0.0)
-                for d in range(D):
-                    out[b, h, d] = 0.0
-                for n in range(mask.shape[2]):
-                    if mask[b, h, n]:
-                        for s in range(n * block, min(S, (n + 1) * block)):
-                            w = np.exp(score[s] - top)
-                            total += w
-                            for d in range(D):
-                                out[b, h, d] += w * v[b, g, s, d]
-                if total > 0:
-                    for d in range(D):
-                        out[b, h, d] /= total
-
-    return run
+from .. import native
 
 
 def available(*tensors: Tensor) -> bool:
-    """Whether this path serves these tensors: float32 on CPU, rows contiguous, no gradient wanted, numba installed."""
-    plain = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.stride(-1) == 1 for t in tensors)
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return plain and not grad and not torch.compiler.is_compiling() and _kernel() is not None
+    """Whether this path serves these tensors: float32 or bfloat16 on the CPU, no gradient wanted, numba installed."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    return native.serves(*tensors, dtypes=(torch.float32, torch.bfloat16))
 
 
-def decode_pages(q_BH1D: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_BHN: Tensor, block: int, scale: float) -> Tensor:
-    """[B, H, 1, D] for one query a head, which sees every key of its chosen pages."""
-    q = q_BH1D[:, :, 0].contiguous()
-    out = torch.empty_like(q)
-    args = (t.detach().contiguous().numpy() for t in (q, k_BGSD, v_BGSD, mask_BHN))
-    _kernel()(*args, block, scale, out.numpy())
-    return out[:, :, None]
+def bits(x: Tensor) -> np.ndarray:
+    """The numbers as numba takes them: bfloat16 as uint16."""
+    x = x.detach()
+    return x.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else x.numpy()
+
+
+def memory(x_BGSD: Tensor, pairs: bool = False) -> tuple[np.ndarray, tuple[int, ...]]:
+    """(flat memory, strides over B, G, S), where it lies if rows are contiguous; with `pairs` two bfloat16 neighbours as a uint32."""
+    ratio = 2 if pairs else 1
+    fits = x_BGSD.stride(-1) == 1 and not any(n % ratio for n in (*x_BGSD.stride()[:3], x_BGSD.storage_offset()))
+    x = x_BGSD.detach() if fits else x_BGSD.detach().contiguous()
+    extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    flat = x.as_strided((extent,), (1,))
+    strides = tuple(s // ratio for s in x.stride()[:3])
+    return (flat.view(torch.int32).numpy().view(np.uint32) if pairs else bits(flat)), strides
+
+
+def _begin(q_BHTD: Tensor, scale: float) -> tuple[np.ndarray, Tensor, Tensor]:
+    """(q in base-2 logits, room for outputs, room for three numbers a query)."""
+    q = q_BHTD.detach().float().mul(scale * math.log2(math.e)).contiguous()
+    return q.view(-1).numpy(), torch.empty(q.shape), torch.empty(3, *q.shape[:3])
+
+
+def decode_pages(q_BH1D: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_BHN: Tensor, block: int, scale: float) -> tuple[Tensor, Tensor]:
+    """([B, H, 1, D], lse [B, H, 1] float32) for one query a head, which sees every key of its chosen pages."""
+    from .loops import pages
+
+    B, H, _, D = q_BH1D.shape
+    G, S = k_BGSD.shape[1:3]
+    q, out, room = _begin(q_BH1D, scale)
+    top, total, lse = (x.view(-1).numpy() for x in room)
+    native.spread(pages, B * G, q, *memory(k_BGSD), *memory(v_BGSD), mask_BHN.contiguous().numpy(), block, (H, G, S, D),
+                  out.view(-1).numpy(), top, total, lse, least=1)
+    return out.to(q_BH1D.dtype), room[2]
+
+
+def decode_tokens(
+    q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, index_BHTK: Tensor, scale: float, bias_BHTK: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """([B, H, T, D], lse [B, H, T] float32) of each query over its listed keys; see token_attention."""
+    from .loops import tokens
+
+    B, H, T, D = q_BHTD.shape
+    q, out, room = _begin(q_BHTD, scale)
+    top, total, lse = (x.view(-1).numpy() for x in room)
+    bias = np.empty((1, 1, 1, 0), np.float32) if bias_BHTK is None else bias_BHTK.detach().float().contiguous().numpy()
+    native.spread(tokens, B * H * T, q, *memory(k_BGSD), *memory(v_BGSD), index_BHTK.long().contiguous().numpy(), bias,
+                  (H, k_BGSD.shape[1], T, D), out.view(-1).numpy(), top, total, lse, least=1)
+    return out.to(q_BHTD.dtype), room[2]

@@ -10,30 +10,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .mask import as_mask, ask
+from .softmax import attend
 
-def token_mask(mask_BHQN: Tensor, T: int, S: int, *, block: int, query_block: int, causal: bool, allowed: Any = None) -> Tensor:
-    """[B, H, T, S] bool: the pairs that a block mask, causality and a finer pattern leave."""
-    at_T = torch.arange(S - T, S, device=mask_BHQN.device)
-    at_S = torch.arange(S, device=mask_BHQN.device)
-    row_T = at_T // query_block - (S - T) // query_block
-    mask = mask_BHQN[:, :, row_T][..., at_S // block]
-    if causal:
-        mask = mask & (at_S <= at_T[:, None])
+
+def token_mask(
+    mask: Any, T: int, S: int, *, block: int, query_block: int, causal: bool, allowed: Any = None, heads: int | None = None
+) -> Tensor:
+    """[b, H, T, S] bool: the pairs that a block mask, causality and a finer pattern leave; b and H may be 1 where all share.
+
+    Args:
+        heads: H, for predicates that take the head.
+    """
+    found = as_mask(mask, block, query_block)
+    pairs = found.pairs(T, S, causal)
     if allowed is not None:
-        mask = mask & allowed(at_T[:, None], at_S)
-    return mask
+        head_H = torch.arange(pairs.shape[1] if heads is None else heads, device=pairs.device)
+        at_T, at_S = torch.arange(S - T, S, device=pairs.device), torch.arange(S, device=pairs.device)
+        pairs = pairs & ask(allowed, at_T[:, None], at_S, head_H[:, None, None])
+    return pairs
 
 
 def block_attention_reference(
-    q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_BHQN: Tensor, *, block: int, query_block: int, scale: float,
-    causal: bool = True, allowed: Any = None,
-) -> Tensor:
-    """softmax(q k^T * scale, over the pairs of `token_mask`) v; zeros for a query without keys."""
+    q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: Any, *, block: int, query_block: int, scale: float,
+    causal: bool = True, allowed: Any = None, return_lse: bool = False,
+) -> Any:
+    """softmax(q k^T * scale, over the pairs of `token_mask`) v; zeros and lse -inf for a query without keys."""
     groups = q_BHTD.shape[1] // k_BGSD.shape[1]
     k, v = k_BGSD.repeat_interleave(groups, 1), v_BGSD.repeat_interleave(groups, 1)
     T, S = q_BHTD.shape[2], k.shape[2]
-    mask = token_mask(mask_BHQN, T, S, block=block, query_block=query_block, causal=causal, allowed=allowed)
-    score = (q_BHTD @ k.mT) * scale
-    score = score.masked_fill(~mask, torch.finfo(score.dtype).min)
-    weight = score.float().softmax(-1).to(score.dtype) if score.dtype in (torch.bfloat16, torch.float16) else score.softmax(-1)
-    return torch.where(mask, weight, weight.new_zeros(())) @ v
+    keep = token_mask(mask, T, S, block=block, query_block=query_block, causal=causal, allowed=allowed, heads=q_BHTD.shape[1])
+    out, lse = attend(q_BHTD, k, v, keep, scale)
+    return (out, lse) if return_lse else out
