@@ -1,0 +1,177 @@
+"""Training attention methods where they stand, through `fit.train`: the rows are token windows, the loss runs the model.
+
+Shape letters: B = windows, T = tokens, V = vocabulary; others as in base.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+
+from ...errors import BadInput
+from ...families import config_of
+from ...method import Loss, Sparse
+from ...places import sites_of
+from ...site import replaced
+from ...streams import weights_digest
+from .base import causal_mask
+
+
+class _InModel(Sparse):
+    """A plan of attention methods, one a layer, with the model that they are trained in."""
+
+    unit = "key"
+    fitted = "trained"
+
+    def __init__(self, plan: Mapping[str, Sparse], model: nn.Module) -> None:
+        super().__init__()
+        if not plan:
+            raise BadInput("the plan is empty: give at least one attention method, such as rarefy.plan('attention/seer', model)")
+        self.names: dict[str, list[str]] = {}
+        """Key of the plan -> the layers it names."""
+        for (name, method), found in zip(plan.items(), sites_of(model, plan), strict=True):
+            wrong = [site.name for site in found.values() if site.kind != "attention"]
+            if wrong or not hasattr(method, "attend"):
+                raise BadInput(f"{name}: {wrong[0] if wrong else type(method).__name__} is no attention; methods are trained at layers.N.attn")
+            self.names[name] = list(found)
+        self.methods = nn.ModuleList(plan.values())
+        self._named = weights_digest(model)
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """Layer or glob -> method, as `replaced` takes it."""
+        return dict(zip(self.names, self.methods, strict=True))
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What a run taken up again must agree with: the model it began from, and every method."""
+        methods = {name: {"method": m.name, **m.arguments} for name, m in self.plan.items()}
+        return {"objective": type(self).__name__.lower(), "model": self._named, "plan": methods}
+
+    @property
+    def budget(self) -> float:
+        """The methods' mean."""
+        return sum(m.budget for m in self.plan.values()) / len(self.methods)
+
+    def after_step(self, step: int) -> None:
+        """Each method's."""
+        for method in self.plan.values():
+            method.after_step(step)
+
+    def windows(self, x: Tensor) -> Tensor:
+        """Raise BadInput unless x is token windows [B, T] of two tokens or more."""
+        if x.ndim != 2 or x.is_floating_point() or x.shape[1] < 2:
+            raise BadInput(f"attention is trained on token windows [contexts, tokens >= 2]; got {list(x.shape)} {x.dtype}")
+        return x
+
+
+def _through(model: nn.Module, ids_BT: Tensor) -> Any:
+    more = {"use_cache": False} if hasattr(config_of(model), "use_cache") else {}
+    return model(input_ids=ids_BT.to(next(model.parameters()).device), **more)
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter of the model takes part in gradients of what is computed inside."""
+    moved = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in moved:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in moved:
+            p.requires_grad_(True)
+
+
+class _Watched:
+    """Dense attention at one layer, which lets the method of that layer compare itself with what it sees."""
+
+    wants = ("hidden",)
+
+    def __init__(self, method: Any, losses: list[Loss]) -> None:
+        self.method, self.losses = method, losses
+
+    def attend(
+        self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, scale: float, causal: bool = True, padding_BS: Tensor | None = None,
+        layer: int = 0, hidden_BTD: Tensor | None = None,
+    ) -> Tensor:
+        """Dense output; the method's loss is kept aside."""
+        like = next(self.method.parameters())
+        q, k, v, hidden = (None if x is None else x.detach().to(like.dtype) for x in (q_BHTD, k_BGSD, v_BGSD, hidden_BTD))
+        with torch.enable_grad():
+            self.losses.append(self.method.distil(q, k, v, scale=scale, causal=causal, hidden_BTD=hidden))
+        mask = causal_mask(q_BHTD.shape[2], k_BGSD.shape[2], q_BHTD.device) if causal else None
+        return scaled_dot_product_attention(q_BHTD, k_BGSD, v_BGSD, attn_mask=mask, scale=scale, enable_gqa=True)
+
+    __call__ = attend
+
+
+class Distilled(_InModel):
+    """Methods that learn what dense attention does: the frozen model runs dense, each method estimates its own layer's map.
+
+    Train it with `fit.train` on token windows without padding; afterwards put `plan` into the model. The model is no part of what
+    is trained and checkpointed.
+
+    Args:
+        plan: layer (`layers.N.attn`) -> a method that has `distil`. model: in eval mode.
+
+    Raises:
+        BadInput: a model in training mode, a plan whose names are not attention, a name for several layers.
+    """
+
+    def __init__(self, plan: Mapping[str, Sparse], model: nn.Module) -> None:
+        super().__init__(plan, model)
+        if model.training:
+            raise BadInput("the model is in training mode, where dropout alone would move its maps; call model.eval() first")
+        for name, found in self.names.items():
+            if len(found) > 1:
+                raise BadInput(f"{name} names {len(found)} layers; each layer's map is learned by a method of its own, as rarefy.plan makes them")
+        self._held = (model,)      # a tuple, so that the model is no part of what is trained and saved
+
+    def loss(self, x: Tensor, y: Tensor) -> Loss:
+        """Mean over layers of the methods' losses on windows [B, T], by part."""
+        losses: list[Loss] = []
+        watched = {name: _Watched(method, losses) for name, method in self.plan.items()}
+        with torch.no_grad(), replaced(self._held[0], watched):
+            _through(self._held[0], self.windows(x))
+        parts: dict[str, Tensor] = {}
+        for one in losses:
+            for name, value in one.parts.items():
+                parts[name] = parts.get(name, 0) + value / len(losses)
+        return Loss(sum((one.total for one in losses), torch.zeros(())) / len(losses), parts)
+
+
+class Trained(_InModel):
+    """A language model with attention methods in place, trained by its next-token loss; parameters of both move.
+
+    Methods without parameters (MoBA) are trained through the model's weights. After `fit.train`, `model` is the trained model, to be
+    used inside `replaced(model, wrapper.plan)`.
+
+    Args:
+        plan: layer or glob -> method. train_model: False freezes the model: only the methods' parameters move.
+    """
+
+    def __init__(self, plan: Mapping[str, Sparse], model: nn.Module, train_model: bool = True) -> None:
+        super().__init__(plan, model)
+        self.train_model = train_model
+        if train_model:
+            self.model = model
+        self._held = (model,)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """See _InModel."""
+        return {**super().arguments, "train_model": self.train_model}
+
+    def loss(self, x: Tensor, y: Tensor) -> Loss:
+        """Next-token cross entropy (nats a token) of windows [B, T]."""
+        ids = self.windows(x)
+        with contextlib.nullcontext() if self.train_model else _frozen(self._held[0]), replaced(self._held[0], self.plan):
+            logits = _through(self._held[0], ids).logits
+        ce = cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().to(logits.device))
+        return Loss(ce, {"ce": ce})
