@@ -8,6 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rarefy.attention.cache import Cache
+from rarefy.attention.per_head import PerHead
+from rarefy.attention.quest import Quest
+from rarefy.attention.random import RandomBlocks
+from rarefy.attention.window import WindowSinks
 from rarefy.errors import BadInput, Unsupported
 from rarefy.site import capture, replaced, sites
 from site_models import DECODERS, NAMES, build, inputs, run
@@ -241,3 +246,135 @@ def test_unknown_attention_method_lists_near_names() -> None:
     with pytest.raises(BadInput, match="attention/quest"), replaced(build("llama"), attention="qest"):
         pytest.fail("entered")
     assert len(sites(build("llama"), "layers.*.attn")) == 2
+
+
+class Nosy(Dense):
+    """Notes every extra that the router has."""
+
+    wants = ("hidden", "cache", "positions", "rotary")
+
+    def attend(self, *args: Any, hidden_BTD: Any, cache: Any, position_ids: Any, rotary: Any, **rest: Any) -> Tensor:  # type: ignore[override]
+        out = super().attend(*args, **rest)
+        self.calls[-1] |= {"hidden": hidden_BTD, "cache": cache, "positions": position_ids, "rotary": rotary}
+        return out
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "neox_parallel", "qwen3", "gemma", "mistral", "bert", "vit"])
+def test_a_method_gets_what_it_wants(name: str) -> None:
+    model, what, method = build(name), inputs(name), Nosy()
+    seen = capture(model, "layers.1.attn.in", **what)["layers.1.attn.in"]
+    with replaced(model, {"layers.1.attn": method}):
+        run(model, **what)
+        (call,) = method.calls
+        assert torch.equal(call["hidden"], seen) and call["cache"] is None
+        assert torch.equal(call["positions"].expand(1, -1)[0], torch.arange(seen.shape[1]))
+        assert (call["rotary"] is None) == (name in ("gpt2", "bert", "vit"))
+        if name in ("bert", "vit"):
+            return
+        cache, method.calls = Cache(), []
+        mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+        model.generate(**what, attention_mask=mask, max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None, past_key_values=cache)
+    assert [c["cache"] is cache.layers[1] for c in method.calls] == [True] * 3
+    assert [c["hidden"].shape[1] for c in method.calls] == [7, 1, 1]
+    assert method.calls[-1]["positions"].tolist() == [[6], [8]]
+    if method.calls[0]["rotary"] is not None:
+        assert [c["rotary"][0].shape[1] for c in method.calls] == [7, 1, 1]
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_unknown_wants_are_refused_on_entry() -> None:
+    class Greedy(Dense):
+        wants = ("weights",)
+
+    with pytest.raises(Unsupported, match=r"layers\.0\.attn.*weights"), replaced(build("llama"), {"layers.*.attn": Greedy()}):
+        pytest.fail("entered")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_heads_may_have_methods_of_their_own(name: str) -> None:
+    model, what = build(name), inputs(name, 2, 33)
+    mask = torch.ones_like(what["input_ids"])
+    mask[0, :6] = 0
+    first, second, both, z = WindowSinks(0.3, block=4), Quest(0.3, block=4), {}, "layers.0.attn.z"
+    for key, method in (("first", first), ("second", second), ("both", PerHead([first, second]))):
+        with replaced(model, {"layers.0.attn": method}):
+            both[key] = capture(model, z, **what, attention_mask=mask)[z]
+    half = both["both"].shape[-1] // 2
+    assert torch.equal(both["both"][..., :half], both["first"][..., :half]) and torch.equal(both["both"][..., half:], both["second"][..., half:])
+    assert not torch.equal(both["first"], both["second"])
+    how = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "attention_mask": mask}
+    with replaced(model, {"layers.0.attn": PerHead([first, second, second, RandomBlocks(0.5, block=4)]), "layers.1.attn": PerHead([second])}):
+        assert torch.equal(model.generate(**what, **how, use_cache=True), model.generate(**what, **how, use_cache=False))
+        assert torch.equal(model.generate(**what, **how, past_key_values=Cache()), model.generate(**what, **how, use_cache=False))
+
+
+def test_groups_of_heads_that_cut_through_key_heads() -> None:
+    random = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 12, 9, 4, generator=random)
+    k, v = torch.randn(2, 2, 6, 9, 4, generator=random).unbind()
+    wanted = Dense().attend(q, k, v, scale=0.5, causal=True, padding_BS=None, layer=0)
+    for groups in (1, 2, 3, 4, 6, 12):                             # 12 heads over 6 key heads: 3 heads meet one and a half
+        assert torch.allclose(PerHead([Dense() for _ in range(groups)]).attend(q, k, v, scale=0.5), wanted, atol=1e-6)
+    with pytest.raises(BadInput, match="5 methods.*12 query heads"):
+        PerHead([Dense() for _ in range(5)]).attend(q, k, v, scale=0.5)
+    with pytest.raises(BadInput, match="no methods"):
+        PerHead([])
+    with pytest.raises(BadInput, match="Linear"):
+        PerHead([nn.Linear(2, 2)])
+    with pytest.raises(Unsupported, match="every head"):
+        PerHead([Nosy()])
+    method = PerHead([WindowSinks(0.5, block=2), WindowSinks(1.0, block=2)])
+    method(q, k, v)
+    full = sum(max(1, round(0.5 * n)) for n in range(1, 10)) / 45
+    assert method.measured_density() == pytest.approx((full + 1) / 2)
+
+
+@pytest.mark.parametrize("method", ["quest", "window", "random"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_catalogue_methods_read_in_pieces_as_whole_and_with_any_cache(method: str, name: str) -> None:
+    model, ids = build(name), inputs(name, 2, 37)["input_ids"]
+    with replaced(model, attention=method, budget=0.4, block=4), torch.no_grad():
+        whole = model(input_ids=ids).logits
+        for cache in (None, Cache()):
+            got = []
+            for part in ids.split([11, 1, 17, 8], 1):
+                step = model(input_ids=part, past_key_values=cache, use_cache=True)
+                cache = step.past_key_values
+                got.append(step.logits)
+            torch.testing.assert_close(torch.cat(got, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["quest", "window", "random"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_of_nothing_but_padding_harm_nobody(method: str, side: str) -> None:
+    model, ids = build("llama"), inputs("llama", 3, 13)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1] = 0
+    mask[2, :4] = mask[2, :4] if side == "right" else 0
+    mask[2, 9:] = mask[2, 9:] if side == "left" else 0
+    with replaced(model, attention=method, budget=0.5, block=4):
+        got, alone = run(model, input_ids=ids, attention_mask=mask), run(model, input_ids=ids[:1])
+    assert got.isfinite().all()
+    torch.testing.assert_close(got[:1], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["quest", "window", "random"])
+def test_sequences_shorter_than_a_block_are_dense(method: str) -> None:
+    model, what = build("llama"), inputs("llama", 2, 1)
+    with replaced(model, attention=method, budget=0.01, block=64):
+        torch.testing.assert_close(run(model, **what), run(build("llama"), **what), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "neox_parallel"])
+def test_static_caches_are_refused_by_name(name: str) -> None:
+    model, what = build(name), inputs(name, 1, 6)
+    how = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "attention_mask": torch.ones(1, 6).long()}
+    with replaced(model, {"layers.1.attn": Dense()}), pytest.raises(Unsupported, match=r"layers\.1\.attn.*static cache"):
+        model.generate(**what, **how, cache_implementation="static", disable_compile=True)
+
+
+def test_learned_sinks_are_refused_by_name() -> None:
+    model = build("llama")
+    model.model.layers[0].self_attn.sinks = nn.Parameter(torch.zeros(4))
+    with pytest.raises(Unsupported, match=r"layers\.0\.attn.*learned sink"), replaced(model, {"layers.*.attn": Dense()}):
+        pytest.fail("entered")

@@ -25,6 +25,7 @@ _HOME = {
     "measure": "frontier", "sweep": "frontier", "pareto": "frontier", "Point": "frontier", "Frontier": "frontier",
     "documents": "builtin.corpus", "text": "builtin.corpus",
     "check_method": "contract",
+    "kv_cache": "attention.cache",
 }
 __all__ = sorted([*_HOME, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
 

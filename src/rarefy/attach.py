@@ -3,7 +3,12 @@
 The interface is entered under a private name for the length of a `with` block, together with a mask function: without
 one, transformers drops the padding mask of custom attention without a word.
 
-Shape letters: B = batch, H = query heads, G = key heads, T = queries, S = keys, D = head width.
+A method may ask for more than queries, keys and values by naming it in its `wants`: "hidden" (hidden_BTD, what the
+attention module was given), "cache" (cache: the layer's cache, if it is one of rarefy's, else None), "positions"
+(position_ids [B or 1, T]) and "rotary" (rotary: the (cos, sin) [B or 1, T, R] of these queries, or None in a model that
+does not rotate). They come by keyword.
+
+Shape letters: B = batch, H = query heads, G = key heads, T = queries, S = keys, D = head width, R = rotated width.
 """
 
 from __future__ import annotations
@@ -15,8 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import Unsupported
+
+EXTRAS = ("hidden", "cache", "positions", "rotary")
+"""What a method's `wants` may name."""
+
+layer_of_keys: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Key tensor that a cache's `update` returned -> the layer that returned it: this is how the router finds a layer's cache."""
 
 _numbers = itertools.count()
 _names: set[str] = set()
@@ -32,6 +44,8 @@ def _refusals(name: str, module: nn.Module) -> None:
         raise Unsupported(f"{name}: this layer caps its attention logits, which block attention does not do; leave it out")
     if getattr(module, "is_cross_attention", False):
         raise Unsupported(f"{name}: cross attention is not served")
+    if isinstance(getattr(module, "sinks", None), Tensor):
+        raise Unsupported(f"{name}: this layer has a learned sink in its softmax, which no method here computes; leave it out of the plan")
 
 
 def _padding(name: str, mask: Tensor | None, causal: bool, T: int, S: int) -> Tensor | None:
@@ -61,28 +75,59 @@ class _Router:
 
     def __init__(self, methods: Mapping[int, tuple[str, Any]], before: Mapping[int, str]) -> None:
         self.methods, self.before = methods, before
+        self.given: dict[int, dict[str, Any]] = {}
+        """Of each module of the plan that is at work: what it was called with."""
         self._checked: tuple[Tensor | None, Tensor | None] = (None, None)
         """The last mask and its real keys: every layer of a pass is given the same mask."""
+
+    def watch(self, module: nn.Module, name: str) -> Any:
+        """Note what the module is called with, and refuse a cache of fixed length: its keys outnumber the real ones."""
+
+        def before(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            held = kwargs.get("past_key_values", kwargs.get("layer_past"))     # GPT-NeoX has the other name
+            layers = getattr(getattr(held, "self_attention_cache", held), "layers", ())
+            at = getattr(m, "layer_idx", None) or 0
+            if at < len(layers) and getattr(layers[at], "is_compileable", False):
+                raise Unsupported(f"{name}: a static cache holds keys that are not there yet; use a cache that grows (DynamicCache or rarefy's)")
+            self.given[id(m)] = {"hidden": args[0] if args else kwargs.get("hidden_states"), "rotary": kwargs.get("position_embeddings")}
+
+        return module.register_forward_pre_hook(before, with_kwargs=True)
 
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
         scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
     ) -> tuple[Tensor, None]:
+        layer = layer_of_keys.get(key)
+        alone = getattr(layer, "attends", False)
         if id(module) not in self.methods:
+            if alone:
+                raise Unsupported(f"{layer} attends for itself, but a layer of this model is outside its plan; serve every layer (cache.on(model))")
             return self._dense(module)(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
             )
         name, method = self.methods[id(module)]
+        given = self.given.pop(id(module), {})
+        if alone and not getattr(method, "serves_cache", False):
+            raise Unsupported(f"{name}: {layer} attends for itself and bars other methods of attention; use rarefy.attention.cache.Cache")
         if dropout:
             raise Unsupported(f"{name}: attention dropout is on; call model.eval() first")
         if kwargs.get("sliding_window") or kwargs.get("softcap"):
             raise Unsupported(f"{name}: sliding windows and capped logits are not served; leave this layer out")
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        T, S = query.shape[2], layer.get_seq_length() if alone and layer is not None else key.shape[2]
         if attention_mask is not None and self._checked[0] is not attention_mask:
-            self._checked = (attention_mask, _padding(name, attention_mask, causal, query.shape[2], key.shape[2]))
+            self._checked = (attention_mask, _padding(name, attention_mask, causal, T, S))
+        padding_BS = None if attention_mask is None else self._checked[1]
+        extras = {
+            "hidden": lambda: {"hidden_BTD": given.get("hidden")}, "rotary": lambda: {"rotary": given.get("rotary")},
+            "cache": lambda: {"cache": layer}, "positions": lambda: {"position_ids": _positions(kwargs.get("position_ids"), padding_BS, T, S, query)},
+        }
+        more: dict[str, Any] = {}
+        for wanted in getattr(method, "wants", ()):
+            more |= extras[wanted]()
         out_BHTD = method.attend(
             query, key, value, scale=query.shape[-1] ** -0.5 if scaling is None else scaling, causal=causal,
-            padding_BS=None if attention_mask is None else self._checked[1], layer=getattr(module, "layer_idx", 0) or 0,
+            padding_BS=padding_BS, layer=getattr(module, "layer_idx", 0) or 0, **more,
         )
         return out_BHTD.transpose(1, 2).contiguous(), None
 
@@ -93,6 +138,15 @@ class _Router:
 
         outer = self.before.get(id(module.config), "")
         return ALL_ATTENTION_FUNCTIONS[outer] if outer in _names else sdpa_attention_forward
+
+
+def _positions(given: Tensor | None, padding_BS: Tensor | None, T: int, S: int, like: Tensor) -> Tensor:
+    """[B or 1, T]: the model's own positions, or, where it keeps them to itself, a count of real tokens."""
+    if given is not None:
+        return given
+    if padding_BS is None:
+        return torch.arange(S - T, S, device=like.device)[None]
+    return (padding_BS.long().cumsum(1) - 1).clamp_min(0)[:, S - T :]
 
 
 @contextlib.contextmanager
@@ -111,18 +165,24 @@ def attached(model: nn.Module, plan: Mapping[str, tuple[str, Any]]) -> Iterator[
     for path, (name, method) in plan.items():
         module = model.get_submodule(path)
         _refusals(name, module)
+        if unknown := set(getattr(method, "wants", ())) - set(EXTRAS):
+            raise Unsupported(f"{name}: the method wants {', '.join(sorted(unknown))}; the router has {', '.join(EXTRAS)}")
         methods[id(module)] = (name, method)
         configs[id(module.config)] = module.config
     key = f"rarefy-{next(_numbers)}"
     before = {i: c._attn_implementation_internal for i, c in configs.items()}
     _names.add(key)
-    ALL_ATTENTION_FUNCTIONS.register(key, _Router(methods, before))
+    router = _Router(methods, before)
+    watched = [router.watch(model.get_submodule(path), name) for path, (name, _) in plan.items()]
+    ALL_ATTENTION_FUNCTIONS.register(key, router)
     ALL_MASK_ATTENTION_FUNCTIONS.register(key, sdpa_mask)
     try:
         for config in configs.values():
             config._attn_implementation_internal = key
         yield
     finally:
+        for handle in watched:
+            handle.remove()
         for i, config in configs.items():
             config._attn_implementation_internal = before[i]
         _names.discard(key)

@@ -19,6 +19,7 @@ import typer
 from .cli_exchange import add_exchange
 from .cli_latents import add_latents
 from .cli_options import AsJson, BatchSize, Context, Data, K, Model, Out, Rate, Seed, Settings, Site, Tokens, Width
+from .cli_patterns import add_patterns
 from .errors import BadInput, printable
 from .jobs.ending import guarded
 
@@ -84,13 +85,17 @@ def fit(
     """Train or calibrate methods on a model's activations. A run found in OUT goes on where it stopped."""
     from .jobs.fit import FitRequest
     from .jobs.fit import fit as run
+    from .world import first, joined
 
     request = FitRequest(
         methods=_names(methods), model=model, site=site, data=data, out=out, width=width, k=k, budget=budget, steps=steps,
         batch=batch, lr=lr, precision=precision, context=context, tokens=tokens, seed=seed, target=target, join=join, beside=beside, store=store,
         objective=objective, downstream=downstream, resume_from=resume_from, settings=_settings(settings),
     )
-    _print(run(request, screen=_screen(as_json)), as_json, out)
+    with joined():
+        result = run(request, screen=_screen(as_json))
+        if first():
+            _print(result, as_json, out)
 
 
 @app.command()
@@ -163,10 +168,24 @@ def sweep(
     context: Context = 512,
     tokens: Tokens = 20_000,
     calibration: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 20_000,
+    suite: Annotated[str, typer.Option(help="attention: methods, patterns and cache policies on recall, aggregation and text, by phase.")] = "",
+    tasks: Annotated[str, typer.Option(help="Tasks of the suite, separated by commas; default all.")] = "",
+    phases: Annotated[str, typer.Option(help="prefill, decode or both, for the suite.")] = "prefill,decode",
+    lengths: Annotated[str, typer.Option(help="Tokens of a sequence, separated by commas, for the suite.")] = "256,512",
+    sequences: Annotated[int, typer.Option(help="Sequences a task, for the suite.")] = 16,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure methods at several budgets: one frontier, kept in OUT; a sweep found there goes on."""
+    """Measure methods at several budgets: one frontier, kept in OUT; a sweep found there goes on. With --suite attention, by task and phase."""
+    if suite:
+        from .cli_attention import run_suite
+
+        result = run_suite(
+            suite, methods=_names(methods), model=model, budgets=_budgets(budget), out=out, tasks=_names(tasks), phases=_names(phases),
+            lengths=_names(lengths), sequences=sequences, data=data, tokens=tokens, settings=_settings(settings), screen=_screen(as_json),
+        )
+        _print(result, as_json, out)
+        return
     from .jobs.sweep import SweepRequest
     from .jobs.sweep import sweep as run
 
@@ -350,6 +369,7 @@ def _print(result: Any, as_json: bool, out: Path) -> None:
 
 add_exchange(app, _screen, _print)
 add_latents(app, _screen, _print, _settings)
+add_patterns(app)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

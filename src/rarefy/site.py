@@ -199,10 +199,7 @@ def replaced(
         BadInput, Unsupported: before anything is changed.
     """
     if attention:
-        from .catalogue import entry
-
-        cls = entry(f"attention/{attention.removeprefix('attention/')}").load()
-        plan = {**(plan or {}), "layers.*.attn": cls(**arguments).eval()}
+        plan = {**(plan or {}), "layers.*.attn": _by_name(attention, arguments)}
     elif arguments:
         raise BadInput(f"replaced() got {', '.join(arguments)} without attention=NAME")
     where: dict[str, tuple[Site, Any]] = {}
@@ -244,6 +241,19 @@ def replaced(
             setattr(owner, leaf, old)
         for new in standing:
             dense_of.pop(new, None)
+
+
+def _by_name(attention: str, arguments: dict[str, Any]) -> nn.Module:
+    """One attention method for every layer, by its catalogue name below attention/."""
+    from .catalogue import entry
+
+    card = entry(f"attention/{attention.removeprefix('attention/')}")
+    if card.fitted == "trained":
+        raise BadInput(
+            f"{card.name} has parameters of its own that must be trained first: plan = rarefy.plan({card.name!r}, model), train it "
+            "(rarefy.attention.trained: Distilled or Trained), then replaced(model, plan)"
+        )
+    return card.load()(**arguments).eval()
 
 
 def _check(site: Site, new: Any) -> None:

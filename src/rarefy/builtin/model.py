@@ -35,7 +35,7 @@ def _shipped(folder: Path, name: str) -> Any:
 
 
 def recall_model() -> Any:
-    """The two-layer model of tasks/recall.py."""
+    """The two-layer model of tasks/recall_training.py."""
     return _shipped(_RECALL, "recall")
 
 

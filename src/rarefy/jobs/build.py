@@ -123,7 +123,8 @@ def make_plan(model: nn.Module, card: Entry, pattern: str, budget: float, settin
     for name, site in places(model, card, pattern).items():
         try:
             if site.kind == "attention":
-                made = cls(budget=budget, **own)
+                given = {"budget": budget} if "budget" in _arguments(card) else {}
+                made = cls(**given, **own) if card.fitted != "trained" else cls.for_module(model.get_submodule(site.module_path), **given, **own)
             else:
                 made = cls.for_module(model.get_submodule(site.module_path), budget=budget, **own)
         except RarefyError as error:

@@ -1,30 +1,29 @@
 """Recall from context: what a model can only know from tokens far back in its own window.
 
 `repeated`: a random sequence twice; from the second time on every token but the first is known, by looking one period
-back (the induction task of Olsson et al. 2022). `key_value`: multi-query associative recall (Arora et al. 2023,
-Zoology): keys with values, then the keys again in any order. `needle`: one key with its value somewhere in filler, the
-key again at the end. `train_recall_model` makes a small model that solves the last two, in about 90 s on one core.
+back (the induction task of Olsson et al. 2022). `key_value`: keys with values, then all keys again in any order.
+`mqar`: the same with the questions spread by a power law of gaps (Arora et al. 2023, Zoology, sec. 3 and app. E). `needle`:
+one key with its value somewhere in filler, the key again at the end; for several of them see needles.py, for chains of
+them variables.py. recall_training.py makes the small model that solves them all.
 
-Shape letters: B = sequences, T = tokens, P = pairs.
+Shape letters: B = sequences, T = tokens, P = pairs, M = places for a question, A = answers.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from ..errors import BadInput
 from ..fidelity import Interval, ratio_interval
 from ..method import positive
 
 KEYS, VALUES, FILLER = range(64), range(64, 128), range(128, 192)
-"""The vocabulary of `train_recall_model`."""
-CONTEXT = 256
+"""The vocabulary of the recall model."""
+CONTEXT = 512
 """Longest sequence of its training."""
 
 
@@ -77,6 +76,43 @@ def key_value(
     return Recall(torch.stack(rows), torch.stack(known), gap + 2)
 
 
+def mqar(
+    keys: Sequence[int], values: Sequence[int], filler: Sequence[int], length: int, pairs: int, batch: int, *, power: float = 0.01, seed: int = 0
+) -> Recall:
+    """`pairs` keys with their values first; then each key once more, with its value, at a gap drawn from a power law.
+
+    The (length - 2 * pairs) // 2 places behind the table are numbered 1, 2, ...; place i is drawn with probability in
+    proportion to i ** (power - 1), without replacement (Arora et al. 2023: most recalls of text are near, a few far). All
+    other places hold filler.
+
+    Args:
+        power: the law's exponent, above 0; 0.01 in the paper, 1 spreads the questions evenly.
+
+    Raises:
+        BadInput: length below 4 * pairs, more pairs than keys, power not above 0, empty values or filler.
+    """
+    positive("pairs", pairs, len(keys))
+    positive("batch", batch)
+    if length < 4 * pairs:
+        raise BadInput(f"length={length} must be at least 4 * pairs = {4 * pairs}: a table and a question a pair")
+    if not power > 0:
+        raise BadInput(f"power={power} must be above 0; 1 spreads the questions evenly")
+    if not (len(values) and len(filler)):
+        raise BadInput("mqar needs values and filler tokens")
+    generator = torch.Generator().manual_seed(seed)
+    key_BP = torch.as_tensor(keys)[torch.rand(batch, len(keys), generator=generator).argsort(1)[:, :pairs]]
+    value_BP = torch.as_tensor(values)[torch.randint(len(values), (batch, pairs), generator=generator)]
+    law_M = torch.arange(1, (length - 2 * pairs) // 2 + 1).double().log() * (power - 1)
+    # The largest of log p + Gumbel noise, one after another, are draws without replacement in their order.
+    noise_BM = -(-torch.rand(batch, len(law_M), generator=generator, dtype=torch.float64).clamp_min(1e-300).log()).log()
+    at_BP = 2 * pairs + 2 * (law_M + noise_BM).topk(pairs, 1).indices
+    ids = torch.as_tensor(filler)[torch.randint(len(filler), (batch, length), generator=generator)]
+    ids[:, : 2 * pairs] = torch.stack([key_BP, value_BP], 2).flatten(1)
+    ids.scatter_(1, at_BP, key_BP).scatter_(1, at_BP + 1, value_BP)
+    answer = torch.zeros_like(ids, dtype=torch.bool).scatter_(1, at_BP + 1, True)
+    return Recall(ids, answer, int((at_BP - 2 * torch.arange(pairs)).min()))
+
+
 def needle(
     keys: Sequence[int], values: Sequence[int], filler: Sequence[int], length: int, batch: int, *, depth: float | None = None, seed: int = 0
 ) -> Recall:
@@ -107,63 +143,48 @@ def needle(
     return Recall(ids, answer, int(length - 2 - at.max()))
 
 
-def _lesson(progress: float, step: int, seed: int) -> Recall:
-    """Few pairs first, from which the two-layer lookup is learned; then many, any gap that fits the context, and needles."""
-    seed = seed * 1_000_003 + step
-    generator = torch.Generator().manual_seed(seed)
-    if progress > 0.4 and step % 4 == 3:
-        return needle(KEYS, VALUES, FILLER, int(torch.randint(16, CONTEXT + 1, (1,), generator=generator)), 16, seed=seed)
-    if progress < 0.28:
-        pairs, most = (4, 0) if progress < 0.17 else (8, 0)
-    else:
-        pairs, most = (16, 32) if progress < 0.4 else ((16, 32)[step % 2], CONTEXT)
-    gap = int(torch.randint(min(most, CONTEXT - 4 * pairs) + 1, (1,), generator=generator))
-    return key_value(KEYS, VALUES, pairs, max(8, 2048 // (4 * pairs + gap)), filler=FILLER, gap=gap, seed=seed)
-
-
-def train_recall_model(seed: int = 0, steps: int = 2400, on_step: Callable[[int, float], None] | None = None) -> nn.Module:
-    """A Llama of 2 layers, width 64 and 4 heads that recalls values by key in contexts of up to 256 tokens.
-
-    AdamW at 2e-3, cosine decay over the second half. A pure function of its arguments on one machine; the caller's
-    random state is left as it was.
-
-    Args:
-        on_step: called with the step and its loss, in nats an answer.
-    """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    positive("steps", steps)
-    config = LlamaConfig(
-        vocab_size=len(KEYS) + len(VALUES) + len(FILLER), hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=1024, rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
-        tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-    optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    with torch.enable_grad():
-        for step in range(steps):
-            progress = step / steps
-            decay = 1.0 if progress < 0.5 else 0.05 + 0.95 * (0.5 + 0.5 * math.cos(math.pi * (2 * progress - 1)))
-            optimiser.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 50) * decay
-            task = _lesson(progress, step, seed)
-            state = model.model(input_ids=task.input_ids, use_cache=False).last_hidden_state
-            loss = cross_entropy(model.lm_head(state[:, :-1][task.answer[:, 1:]]), task.input_ids[task.answer])
-            optimiser.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
-            if on_step is not None:
-                on_step(step, loss.item())
-    return model.eval()
-
-
-@torch.no_grad()
 def recall_accuracy(model: nn.Module, task: Recall, *, at_once: int = 8) -> Interval:
     """Share of answers that are the model's first choice, with an interval over sequences."""
-    hits = []
-    for ids, answer in zip(task.input_ids.split(at_once), task.answer.split(at_once), strict=True):
-        guess = model(input_ids=ids, use_cache=False).logits[:, :-1].argmax(-1)
-        hits.append(((guess == ids[:, 1:]) & answer[:, 1:]).sum(-1))
-    return ratio_interval(torch.cat(hits), task.answer.sum(-1))
+    return ratio_interval(hits(model, task, at_once=at_once).sum(-1), task.answer.sum(-1))
+
+
+def hits(model: nn.Module, task: Recall, *, at_once: int = 8) -> Tensor:
+    """[B, T] bool: answers that are the model's first choice, given all tokens before them at once."""
+    with torch.no_grad():
+        device = next(model.parameters(), task.input_ids).device
+        guess = [model(input_ids=ids.to(device), use_cache=False).logits[:, :-1].argmax(-1).cpu() for ids in task.input_ids.split(at_once)]
+    right = torch.zeros_like(task.answer)
+    right[:, 1:] = (torch.cat(guess) == task.input_ids[:, 1:]) & task.answer[:, 1:]
+    return right
+
+
+def distances(task: Recall) -> Tensor:
+    """[B, T] int64: at each answer, tokens back to the last earlier place of the same two tokens (its question and itself); 0 elsewhere.
+
+    An answer that stands nowhere before its question has distance 0.
+    """
+    out = torch.zeros_like(task.input_ids)
+    row_A, at_A = task.answer.nonzero(as_tuple=True)
+    ids = task.input_ids
+    same = (ids[row_A, 1:] == ids[row_A, at_A][:, None]) & (ids[row_A, :-1] == ids[row_A, at_A - 1][:, None])
+    place = torch.arange(1, ids.shape[1])
+    last_A = torch.where(same & (place < at_A[:, None]), place, 0).amax(1)
+    out[row_A, at_A] = torch.where(last_A > 0, at_A - last_A, 0)
+    return out
+
+
+def accuracy_by_gap(right: Tensor, task: Recall, edges: Sequence[int]) -> dict[str, Interval]:
+    """The gap law: accuracy of the answers whose distance lies in [edges[i], edges[i + 1]), with intervals over sequences.
+
+    Args:
+        right: [B, T] bool, as `hits` gives it. edges: at least two, rising; ranges without an answer are left out.
+    """
+    if len(edges) < 2 or any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
+        raise BadInput(f"edges={list(edges)} must be at least two rising distances")
+    away = distances(task)
+    out = {}
+    for low, high in zip(edges, edges[1:], strict=False):
+        here = task.answer & (away >= low) & (away < high)
+        if here.any():
+            out[f"{low}-{high - 1}"] = ratio_interval((right & here).sum(-1), here.sum(-1))
+    return out

@@ -144,8 +144,28 @@ class CostRow(TypedDict):
     note: NotRequired[str]
 
 
+class Table(TypedDict):
+    """Words and figures in rows; the first column is the row's head."""
+
+    title: str
+    note: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+class Grid(TypedDict):
+    """Shares in [0, 1] as shaded cells: heat maps (labels and figures) and masks (neither). None leaves a cell empty."""
+
+    title: str
+    note: str
+    columns: list[str]
+    rows: list[str]
+    values: list[list[float | None]]
+    figures: bool
+
+
 class Report(TypedDict):
-    """The whole page."""
+    """The whole page. `tables` and `grids` may be missing."""
 
     schema: int
     title: str
@@ -157,6 +177,8 @@ class Report(TypedDict):
     latents: Latents | None
     costs: list[CostRow]
     notes: list[str]
+    tables: NotRequired[list[Table]]
+    grids: NotRequired[list[Grid]]
 
 
 def validate(report: Any) -> Report:
@@ -188,6 +210,9 @@ def validate(report: Any) -> Report:
         _latents(report["latents"])
     _each(report, "costs", _cost)
     _each(report, "notes", lambda note, at: _is(isinstance(note, str), at, "a string", note))
+    for name, check in (("tables", _table), ("grids", _grid)):
+        if name in report:
+            _each(report, name, check)
     return report  # type: ignore[return-value]
 
 
@@ -286,6 +311,29 @@ def _cost(row: Any, at: str) -> None:
     _text(row, "what", at)
     for name in ("flops", "dense_flops", "bytes", "dense_bytes", "ms", "dense_ms"):
         _number(row.get(name), f"{at}.{name}")
+
+
+def _table(table: Any, at: str) -> None:
+    _is(isinstance(table, Mapping), at, "an object", table)
+    _text(table, "title", at)
+    _text(table, "note", at)
+    head = _part(table, "head", Sequence, at)
+    for i, row in enumerate([head, *_part(table, "rows", Sequence, at)]):
+        good = isinstance(row, Sequence) and not isinstance(row, str) and len(row) == len(head) and all(isinstance(v, str) for v in row)
+        _is(good, f"{at}.rows[{i - 1}]" if i else f"{at}.head", f"a list of {len(head)} strings", row)
+
+
+def _grid(grid: Any, at: str) -> None:
+    _is(isinstance(grid, Mapping), at, "an object", grid)
+    _text(grid, "title", at)
+    _text(grid, "note", at)
+    _is(isinstance(grid.get("figures"), bool), f"{at}.figures", "true or false", grid.get("figures"))
+    values = _part(grid, "values", Sequence, at)
+    for name, count in (("rows", len(values)), ("columns", len(values[0]) if values else 0)):
+        labels = _part(grid, name, Sequence, at)
+        _is(len(labels) in (0, count) and all(isinstance(v, str) for v in labels), f"{at}.{name}", f"no label or {count}", labels)
+    for i, row in enumerate(values):
+        _numbers(row, f"{at}.values[{i}]", len(values[0]))
 
 
 def _latents(latents: Any) -> None:

@@ -4,6 +4,7 @@ import { bytes, num, seconds, times } from "./format.js";
 import { curvesPanel } from "./curves.js";
 import { frontierPanel } from "./frontier.js";
 import { glancePanel } from "./glance.js";
+import { gridsPanel } from "./grids.js";
 import { latentsPanel } from "./latents.js";
 
 const TITLES = { latents: "Latents", weights: "Weights", neurons: "Neurons", attention: "Attention", tokens: "Tokens", experts: "Experts", memory: "Memory" };
@@ -59,6 +60,10 @@ function section(id, title, sub, ...body) {
   return h("section", { id, "aria-labelledby": id + "-title" }, h("h2", { id: id + "-title" }, title), sub && h("p", { class: "question" }, sub), body);
 }
 
+function noted(t) {
+  return h("div", { class: "panel" }, h("h3", {}, t.title), t.note && h("p", { class: "faint" }, t.note), table(t.head, t.rows, t.title));
+}
+
 export function renderPage(report, root) {
   document.title = report.title;
   const titles = report.units.map((u) => u.title ?? TITLES[u.unit] ?? u.unit);
@@ -66,7 +71,9 @@ export function renderPage(report, root) {
   const parts = [
     units.length > 1 && [section("glance", "At a glance", "What is kept, left to right, against what it costs in quality; the dotted line is the dense model.",
       glancePanel(report.units.map((u, i) => [u, units[i].id, titles[i]]))), "At a glance"],
+    report.tables?.length && [section("tables", "Findings", null, report.tables.map(noted)), "Findings"],
     ...units.map((node, i) => [node, titles[i]]),
+    report.grids?.length && [section("grids", "What is kept", "Darker cells keep more.", gridsPanel(report.grids)), "What is kept"],
     report.curves.length && [section("training", "Training", null, curvesPanel(report.curves)), "Training"],
     report.latents && [section("browser", "Latent browser", null, latentsPanel(report.latents)), "Latent browser"],
     report.costs.length && [section("cost", "Cost", "What each part reads and computes, next to the dense model.", costTable(report.costs)), "Cost"],

@@ -1,0 +1,78 @@
+"""Mustafar (Joo et al. 2025): each cached key and value keeps its largest channels, as a bitmap and the packed rest.
+
+Shape letters: B = batch, G = key heads, R = query heads of a key head, T = tokens, S = tokens in the store, D = head width,
+C = channels kept, E = ceil(D / 8) bytes of bitmap.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ...method import positive
+from .compressed import CompressedLayer
+from .policy import Policy
+
+TILE = 256
+"""Tokens that are unpacked at once while they are computed on."""
+
+
+def pack_rows(x: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """(bitmap [..., E] uint8, values [..., keep] in order of channel) of the `keep` largest magnitudes of each row."""
+    index = x.abs().topk(keep, dim=-1).indices.sort(-1).values
+    bits = torch.zeros(x.shape, dtype=torch.uint8, device=x.device).scatter_(-1, index, 1)
+    weight = 2 ** torch.arange(8, dtype=torch.uint8, device=x.device)
+    return (pad(bits, (0, -x.shape[-1] % 8)).unflatten(-1, (-1, 8)) * weight).sum(-1, dtype=torch.uint8), x.gather(-1, index)
+
+
+def unpack_rows(bitmap: Tensor, values: Tensor, width: int) -> Tensor:
+    """[..., D]: the values at the channels of the bitmap, zeros elsewhere."""
+    shift = torch.arange(8, dtype=torch.uint8, device=bitmap.device)
+    bits = ((bitmap[..., None] >> shift) & 1).flatten(-2)[..., :width].bool()
+    # A slot behind a row's last token has an empty bitmap and must not use up values.
+    values = values[bits.any(-1)]
+    return torch.zeros(bits.shape, dtype=values.dtype, device=bits.device).masked_scatter_(bits, values)
+
+
+class _Layer(CompressedLayer):
+    width = 0
+
+    def pack(self, k_BGTD: Tensor, v_BGTD: Tensor) -> dict[str, Tensor]:
+        self.width = k_BGTD.shape[-1]
+        keep = max(1, round(self.budget * self.width))
+        (k_bits, k), (v_bits, v) = pack_rows(k_BGTD, keep), pack_rows(v_BGTD, keep)
+        return {"k bits": k_bits, "k": k, "v bits": v_bits, "v": v}
+
+    def _tile(self, what: str, start: int) -> Tensor:
+        rows = slice(start, start + TILE)
+        return unpack_rows(self.far[f"{what} bits"][:, :, rows], self.far[what][:, :, rows], self.width)[:, :, None]
+
+    def scores(self, q_BGRTD: Tensor) -> Tensor:
+        """Tile by tile; no more than a tile is ever unpacked."""
+        return torch.cat([q_BGRTD @ self._tile("k", s).mT for s in range(0, len(self.far), TILE)], -1)
+
+    def mix(self, p_BGRTS: Tensor) -> Tensor:
+        out = p_BGRTS.new_zeros(*p_BGRTS.shape[:-1], self.width)
+        for s in range(0, len(self.far), TILE):
+            out += p_BGRTS[..., s : s + TILE] @ self._tile("v", s)
+        return out
+
+
+class Mustafar(Policy):
+    """Per-token magnitude pruning of keys and values behind a dense local window (sec. 3), stored as bitmap and packed values.
+
+    Each token and head keeps max(1, round(budget * D)) channels of its key and of its value, whichever they are: ceil(D / 8)
+    bytes of bitmap and the values themselves. Scores and sums are computed from the packed form, a tile at a time.
+
+    Args:
+        recent: newest tokens that are kept whole (32 in the paper).
+    """
+
+    name = "cache/mustafar"
+    unit = "channel of a cached key or value"
+    layer = _Layer
+
+    def __init__(self, budget: float | list[float] = 0.5, recent: int = 32) -> None:
+        super().__init__(budget)
+        self.recent = positive("recent", recent)

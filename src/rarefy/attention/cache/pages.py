@@ -1,0 +1,121 @@
+"""Pages chosen at each step, nothing evicted (Quest, Tang et al. 2024, arXiv 2406.10774).
+
+Shape letters: B = batch, H = query heads, G = key heads, T = new tokens, S = tokens held, N = pages, D = head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...kernels.block_attention import block_attention
+from ...method import positive
+from ..block import highest
+from ..dynamic.scores import page_bounds
+from .aligned import Aligned
+from .entries import attend_entries, dense
+from .policy import Policy, PolicyLayer, Rotary
+
+
+class _Layer(PolicyLayer):
+    policy: Pages
+
+    def __init__(self, policy: Policy, index: int) -> None:
+        super().__init__(policy, index)
+        self.all = Aligned()
+        self.bounds: tuple[Tensor, Tensor] | None = None
+        """Smallest and largest key of each page, [B, G, N, D]."""
+
+    def answer(
+        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, at_BT: Tensor, *, scale: float, rotary: Rotary, hidden_BTD: Tensor | None
+    ) -> Tensor:
+        held = len(self.all)
+        self.all.place(at_BT, k=k_BGTD, v=v_BGTD)
+        k, v = self.all["k"], self.all["v"]
+        self._bound(k, int(at_BT.clamp_min(0).amin()) if held else 0)
+        if q_BHTD.shape[2] > 1:
+            if not held:
+                return dense(q_BHTD, k_BGTD, v_BGTD, at_BT, scale)
+            return attend_entries(q_BHTD, k, v, self.all.at()[:, None].expand(*k.shape[:3]), at_BT, scale)[0]
+        assert self.all.count_B is not None
+        counts = self.all.count_B.tolist()
+        if len(set(counts)) == 1 and bool((at_BT >= 0).all()):
+            return self._read(q_BHTD, slice(None), counts[0], scale)
+        out = torch.zeros_like(q_BHTD)
+        for b, count in enumerate(counts):
+            if int(at_BT[b, 0]) >= 0:
+                out[b : b + 1] = self._read(q_BHTD[b : b + 1], slice(b, b + 1), count, scale)
+        return out
+
+    def _bound(self, k_BGSD: Tensor, first_new: int) -> None:
+        """Bring the bounds up to date from the first page that changed."""
+        page, start = self.policy.page, first_new // self.policy.page
+        there = (self.all.at() >= 0)[:, None, start * page :, None]
+        changed = k_BGSD[:, :, start * page :]
+        low = page_bounds(changed.masked_fill(~there, torch.inf), page)[0]
+        high = page_bounds(changed.masked_fill(~there, -torch.inf), page)[1]
+        if self.bounds is not None:
+            low, high = (torch.cat([old[:, :, :start], new], 2) for old, new in zip(self.bounds, (low, high), strict=True))
+        self.bounds = low, high
+
+    def _read(self, q_BH1D: Tensor, rows: slice, count: int, scale: float) -> Tensor:
+        """Attention of one query a head over its best pages, of rows with `count` tokens each."""
+        page = self.policy.page
+        N = -(-count // page)
+        assert self.bounds is not None
+        G = self.bounds[0].shape[1]
+        low, high = (x[rows, :, :N, None] for x in self.bounds)
+        q = q_BH1D.unflatten(1, (G, -1))[:, :, None]                                  # [B, G, 1, R, 1, D]
+        bound = torch.maximum(q[..., 0, :] * low, q[..., 0, :] * high).sum(-1)        # [B, G, N, R]
+        score_BHN = bound.transpose(2, 3).flatten(1, 2)
+        score_BHN[..., -1] = torch.inf
+        keep = max(1, round(self.budget * N))
+        mask_BHN = highest(score_BHN, torch.full((1,), keep, device=score_BHN.device))
+        self.policy.note(float(mask_BHN.sum()) * page - float(mask_BHN[..., -1].sum()) * (N * page - count), mask_BHN.shape[:2].numel() * count)
+        return block_attention(
+            q_BH1D, self.all["k"][rows, :, :count], self.all["v"][rows, :, :count], mask_BHN[:, :, None], block=page, query_block=1, scale=scale
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        low, high = self.bounds or (None, None)
+        return self.all.tensors() | {name: x for name, x in (("low", low), ("high", high)) if x is not None}
+
+    def kept(self) -> Tensor:
+        assert self.all.count_B is not None
+        return self.all.count_B[:, None].expand(-1, self.all["k"].shape[1])
+
+    def rows(self, take: Callable[[Tensor], Tensor]) -> None:
+        self.all.rows(take)
+        if self.bounds is not None:
+            self.bounds = take(self.bounds[0]), take(self.bounds[1])
+
+
+class Pages(Policy):
+    """Every entry stays; a single new token reads the pages whose bound promises most, its own page among them.
+
+    A chunk of tokens (a prompt) attends densely, as in the paper. The budget is what is read at a step, max(1,
+    round(budget * pages)) pages for each query head; memory does not fall.
+
+    Args:
+        page: entries in a page.
+    """
+
+    name = "cache/pages"
+    layer = _Layer
+
+    def __init__(self, budget: float | list[float] = 0.25, page: int = 16) -> None:
+        super().__init__(budget)
+        self.page = positive("page", page)
+        self._read = self._there = 0.0
+
+    def note(self, read: float, there: float) -> None:
+        """Count entries read, and those there were."""
+        self._read, self._there = self._read + read, self._there + there
+
+    def measured_density(self) -> float:
+        """Entries read of those that were there, over single-token steps since this was last asked; 1 if there was none."""
+        read, there = self._read, self._there
+        self._read = self._there = 0.0
+        return read / there if there else 1.0
