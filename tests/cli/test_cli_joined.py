@@ -59,7 +59,7 @@ def test_a_crosscoder_from_fit_to_judge(run: Run, words: list[Any], tmp_path: Pa
     assert list(there) == [f"{m}{at}" for m in ("latents/topk", "latents/random") for at in ("", *(f" at {s}" for s in BOTH.split(",")))]
     for at in ("", *(f" at {s}" for s in BOTH.split(","))):
         assert there[f"latents/topk{at}"]["fvu"] < 0.6 * there[f"latents/random{at}"]["fvu"]
-    record = json.loads((tmp_path / "run/joined.json").read_text())["latents/topk"]
+    record = json.loads((tmp_path / "run/joined.json").read_text())["dictionaries"]["latents/topk"]
     norms = rarefy.load(tmp_path / "run/methods/latents__topk").decoder_norms()
     torch.testing.assert_close(torch.tensor(record["relative_norms"]), (norms / norms.sum(-1, keepdim=True)).detach())
     assert "mean share" in judged.json["notes"][0]
@@ -82,7 +82,7 @@ def test_one_dictionary_for_all_layers_also_from_a_store(run: Run, words: list[A
     judged = run("judge", tmp_path / "run", "--tokens", 500, "--json")
     assert list(points(judged)) == ["dense", *(f"latents/topk at {site}" for site in BOTH.split(","))]
     assert all(0 < p["fvu"] < 0.9 for name, p in points(judged).items() if name != "dense")
-    record = json.loads((tmp_path / "run/joined.json").read_text())["latents/topk"]
+    record = json.loads((tmp_path / "run/joined.json").read_text())["dictionaries"]["latents/topk"]
     assert len(record["layer"]) == 64 and all(0 <= layer <= 1 for layer in record["layer"])
     assert record["summary"]["within_token"] <= record["summary"]["within_prompt"] <= record["summary"]["variance"] <= 0.25
 
@@ -92,7 +92,7 @@ def test_two_models_side_by_side(run: Run, words: list[Any], other: Path, tmp_pa
     assert run("fit", "latents/batch_topk", *two).code == 0
     judged = run("judge", tmp_path / "run", "--tokens", 500, "--json")
     assert list(points(judged)) == ["dense", "latents/batch_topk at layers.0.resid_post"]
-    record = json.loads((tmp_path / "run/joined.json").read_text())["latents/batch_topk"]
+    record = json.loads((tmp_path / "run/joined.json").read_text())["dictionaries"]["latents/batch_topk"]
     assert record["sites"] == ["layers.0.resid_post", "beside:layers.0.resid_post"]
     assert sum(record["kinds"].values()) == 64 == sum(record["histogram"])
     with torch.no_grad():

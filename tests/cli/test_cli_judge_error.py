@@ -17,7 +17,7 @@ def test_judge_says_where_the_error_lies(run: Run, fit_words: list[Any], tmp_pat
     judged = run("judge", tmp_path / "run", *words, "--json")
     assert judged.code == 0 and judged.err == ""
     names = ["latents/topk"] if more else ["latents/topk", "latents/random"]
-    assert list(judged.json["errors"]) == names and json.loads((tmp_path / "run/errors.json").read_text()) == judged.json["errors"]
+    assert list(judged.json["errors"]) == names and json.loads((tmp_path / "run/errors.json").read_text())["dictionaries"] == judged.json["errors"]
     there = {p["method"]: p["metrics"] for p in judged.json["points"]}
     for name in names:
         error = judged.json["errors"][name]

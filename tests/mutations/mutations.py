@@ -36,6 +36,20 @@ MUTATIONS = {
         "tests/maps/test_other_maps.py -k seen_scores"),
     "mapped attention sees ahead": Mutation(
         "attention/mapped/base.py", "if first is not None:", "if False:", "tests/attention/test_mapped.py -k query_by_query"),
+    "gaps spread evenly": Mutation(
+        "tasks/recall.py", "double().log() * (power - 1)", "double().log() * 0", "tests/test_tasks_attention.py -k power_law"),
+    "distance to the first place": Mutation(
+        "tasks/recall.py", "torch.where(same & (place < at_A[:, None]), place, 0).amax(1)",
+        "torch.where(same & (place < at_A[:, None]), place, 1 << 30).amin(1)", "tests/test_tasks_attention.py -k distances_and_the_gap"),
+    "retrieval looks from the answer": Mutation(
+        "tasks/retrieval_heads.py", "most_LBHT[:, row_A, :, at_A - 1]", "most_LBHT[:, row_A, :, at_A]",
+        "tests/test_tasks_attention.py -k looked_up_by_each_head"),
+    "a task counts as kept by its mean": Mutation(
+        "jobs/attention_suite_page.py", 'max(point.metrics["loss"].high, point.metrics["loss"].mean)', 'point.metrics["loss"].mean',
+        "tests/test_attention_suite.py -k interval_counts"),
+    "least density past a gap": Mutation(
+        "jobs/attention_suite_page.py", "        if not kept:\n            break\n", "        if not kept:\n            continue\n",
+        "tests/test_attention_suite.py -k above_which_nothing"),
     "inf passes": Mutation(
         "selection.py", "not torch.isfinite(x).all()", "torch.isnan(x).any()", "tests/test_selection.py -k check_finite"),
     "random reads the scores": Mutation(
@@ -132,7 +146,7 @@ MUTATIONS = {
     "NaN reaches the histogram": Mutation(
         "neurons/calibrated.py", 'check_finite(x, f"{self.name} calibration rows")', "pass", f"{CONTRACT} -k 'teal and C6'"),
     "the future is visible": Mutation(
-        "attention/block.py", "score = score.masked_fill(n > own_Q[:, None], -torch.inf)", "pass", f"{CONTRACT} -k 'attention'"),
+        "attention/block.py", "score = score_BHQN.masked_fill(n > own_Q[:, None], -torch.inf)", "score = score_BHQN", f"{CONTRACT} -k 'attention'"),
     "a linear stays in the model": Mutation("site.py", "            setattr(owner, leaf, old)", "            pass", f"{CONTRACT} -k 'wanda-L8'"),
     "hooks stay in the model": Mutation(
         "site.py", "    finally:\n        for handle in handles:\n            handle.remove()\n        for", "    finally:\n        for",
@@ -176,6 +190,33 @@ MUTATIONS = {
         "frontier.py", "log_target=True).sum(-1)", "log_target=True).sum(-1).neg()", "tests/test_frontier.py -k by_hand"),
     "KL is taken the other way round": Mutation(
         "frontier.py", "kl_div(log_NV, dense_NV,", "kl_div(dense_NV, log_NV,", "tests/test_frontier.py -k by_hand"),
+    "tiles of the mask's second half": Mutation(
+        "kernels/block_attention/forward.py", "if tiles_PMR[number, j, row + r] else", "if tiles_PMR[number, j, r] else",
+        "tests/numerics/test_block_attention_compiled.py -k output_and_lse"),
+    "compiled attention sees a key ahead": Mutation(
+        "kernels/block_attention/forward.py", "first_key + j - first_query)", "first_key + j - first_query - 1)",
+        "tests/numerics/test_block_attention_compiled.py -k output_and_lse"),
+    "an odd key pairs with what lay there": Mutation(
+        "kernels/block_attention/forward_half.py", "if keys % 2:", "if False:", "tests/numerics/test_block_attention_compiled.py -k output_and_lse"),
+    "attention backward forgets the mean": Mutation(
+        "kernels/block_attention/backward.py", "(dP[j * lanes + r] - delta[r])", "dP[j * lanes + r]",
+        "tests/numerics/test_block_attention_compiled.py -k gradients"),
+    "listed keys' weights in another base": Mutation(
+        "kernels/block_attention/loops.py", "more[place] * _LOG2E if biased", "more[place] if biased",
+        "tests/numerics/test_block_attention_compiled.py -k listed_tokens"),
+    "half a tile's pairs counted twice": Mutation(
+        "kernels/block_attention/mask.py", "kept & (self.partial < 0)", "kept", "tests/numerics/test_block_attention_masks.py -k density"),
+    "summaries are described in pages of another size": Mutation(
+        "attention/block.py", "self.describe, self.block)", "self.describe, 1)", "tests/attention/test_dynamic.py -k summaries"),
+    "levels leave out their own mass": Mutation(
+        "attention/dynamic/rules.py", "tail = mass.gather(-1, order).flip(-1).cumsum(-1).flip(-1)", "tail = mass.gather(-1, order)",
+        "tests/attention/test_dynamic.py -k tail_levels"),
+    "labels are the least channels": Mutation(
+        "attention/dynamic/double_sparsity.py", "best = score_GD.topk(kept(self.channels, score_GD.shape[-1]), -1)",
+        "best = score_GD.topk(kept(self.channels, score_GD.shape[-1]), -1, largest=False)", "tests/attention/test_dynamic.py -k double"),
+    "slashes count from the wrong end": Mutation(
+        "attention/dynamic/vertical_slash.py", "back_PS = (torch.arange(S - P, S, device", "back_PS = (torch.arange(S - P + 1, S + 1, device", "tests/attention/test_dynamic.py -k slash"),
+    "calibration sees padding": Mutation("observing.py", "x[b : b + 1, :, real_S] for x", "x[b : b + 1] for x", "tests/attention/test_dynamic.py -k real_tokens"),
     "attention stays in the model's config": Mutation(
         "attach.py", "            config._attn_implementation_internal = before[i]", "            pass",
         "tests/test_site_attention.py -k exceptions"),
@@ -278,6 +319,16 @@ MUTATIONS = {
         "fit.py", "            done[name] = plan[name]\n", "            pass\n", "tests/test_calibrate.py -k fitted_layers_before"),
     "padding is shown": Mutation(
         "fit.py", "mask.bool() if mask is not None and mask.ndim == 2 else None", "None", "tests/test_calibrate.py -k padding"),
+    "the linear error stays in beside the nonlinear": Mutation(
+        "jobs/judge_error.py", "[:, SKIP:] + linear_BTE", "[:, SKIP:] + 0 * linear_BTE", "tests/test_judge_error.py -k by_hand"),
+    "error maps are fitted on what they are measured on": Mutation(
+        "jobs/judge_error.py", "error_maps(*_rows(judge.model, fit, ", "error_maps(*_rows(judge.model, judge.batches, ",
+        "tests/test_judge_error.py -k by_hand"),
+    "positions are grouped from the wrong end of a doubling": Mutation(
+        "jobs/judge_error.py", "place_N.log2().floor()", "place_N.log2().ceil()", "tests/test_judge_error.py -k position"),
+    "thresholds of use run ahead of training": Mutation(
+        "latents/feature_choice.py", "self.tau.lerp(edge_F, 1 - self.momentum)", "self.tau.lerp(edge_F, self.momentum)",
+        "tests/test_latents_oracles.py -k feature_choice"),
     "a child comes without its parent": Mutation(
         "tasks/planted_kinds.py", "child = (on_NP & some_NP)[..., None]", "child = some_NP[..., None]",
         "tests/test_tasks_latents.py -k with_its_parent"),
@@ -287,7 +338,7 @@ MUTATIONS = {
         "tasks/dark_matter.py", "square_N1 = error_ND.pow(2).sum(1, keepdim=True)", "square_N1 = error_ND.abs().sum(1, keepdim=True)",
         "tests/test_tasks_latents.py -k no_linear_map_sees"),
     "being off costs no bits": Mutation(
-        "tasks/description.py", "share = torch.cat([count, off_G]) / codes.rows", "share = count / codes.rows",
+        "tasks/description.py", "share = torch.cat([count, off_G]) / codes.n", "share = count / codes.n",
         "tests/test_tasks_latents_description.py -k counting"),
     "bins may be too coarse": Mutation(
         "tasks/description.py", "- before <= allowed", "- before <= 2 * allowed", "tests/test_tasks_latents_description.py -k coarsest"),
@@ -428,6 +479,98 @@ MUTATIONS = {
         "tests/test_coding_sources_and_cca.py -k shares"),
     "CCA leaves the box": Mutation(
         "latents/coding/cca.py", "new.clamp(-1, 1))", "new)", "tests/test_coding_sources_and_cca.py -k optimality"),
+    "the last bank is taken for the best": Mutation(
+        "latents/coding/learned_bank.py", "if best is None or losses[-1] < min(losses[:-1]):", "if turn >= 0:",
+        "tests/test_coding_learned_bank.py -k best_bank"),
+    "codes begin at 0 whatever was given": Mutation(
+        "latents/coding/convolutional.py", "new_zeros(full) if start is None else start.to(pictures_BHW)).flatten(1)",
+        "new_zeros(full)).flatten(1)", "tests/test_coding_learned_bank.py -k begun"),
+    "latents are listed backwards": Mutation(
+        "tasks/codes.py", "order_M = key_M.argsort(stable=True)", "order_M = key_M.argsort(stable=True, descending=True)",
+        "tests/test_tasks_codes.py -k orders"),
+    "the last latent has no first activation": Mutation(
+        "tasks/codes.py", "begin[1:] = torch.bincount", "begin[:-1] = torch.bincount", "tests/test_tasks_codes.py -k orders"),
     "kernels are not flipped": Mutation(
         "latents/coding/convolutional.py", "kernels_KSS.flip(1, 2)[None]", "kernels_KSS[None]", "tests/test_coding_convolutional.py -k operator"),
+    "NSA sums no GQA group": Mutation(
+        "attention/trained/nsa.py", ".unflatten(1, (self.key_heads, -1)).sum(2)", ".unflatten(1, (self.key_heads, -1))[:, :, 0]",
+        "tests/attention/test_trained_blocks.py -k nsa_and"),
+    "NSA sees a window before it ends": Mutation(
+        "attention/trained/nsa.py", "* self.stride + self.compress - 1", "* self.stride", "tests/attention/test_trained_blocks.py -k nsa_and"),
+    "a short block's mean counts its padding": Mutation(
+        "attention/trained/moba.py", "count[-1:] = S - (total.shape[2] - 1) * block", "pass",
+        "tests/attention/test_trained_blocks.py -k truth_is_the_pooled"),
+    "sparsek's tau stands still": Mutation(
+        "attention/trained/sparsek.py", "- (mean - mean.detach()) - tau", "- tau", "tests/attention/test_trained_maps.py -k jacobian"),
+    "DIFF pairs heads by halves": Mutation(
+        "attention/trained/diff.py", "torch.stack(self._normed(out_BPTE).chunk(2, -1), 2).flatten(1, 2)",
+        "torch.cat(self._normed(out_BPTE).chunk(2, -1), 1)",
+        "tests/attention/test_trained_maps.py -k diff_and"),
+    "a frozen model gathers gradients": Mutation(
+        "attention/trained/in_model.py", "            p.requires_grad_(False)", "            pass",
+        "tests/attention/test_trained_in_model.py -k frozen"),
+    "a run is whole where one query has all its keys": Mutation(
+        "attention/patterns/atoms.py", "surely = (low >= first.amax(1)[:, None]) &", "surely = (low >= first.amin(1)[:, None]) &",
+        "tests/attention/test_patterns.py -k mean_what"),
+    "tiles are told apart by distance alone": Mutation(
+        "attention/patterns/atoms.py", "return [row_Q[row_X], grid.k.shape[column_X], apart_X]", "return [apart_X]",
+        "tests/attention/test_patterns.py -k mean_what"),
+    "the last keys' block counts as any other": Mutation(
+        "attention/patterns/compile.py", "code([edge_Q[at][row_X], edge_N[column_X], *seen", "code([*seen",
+        "tests/attention/test_patterns.py -k mean_what"),
+    "a position without a label sees those without": Mutation(
+        "attention/patterns/pattern.py", "self._above(scene)) & (q >= 0) & (k >= 0)", "self._above(scene))",
+        "tests/attention/test_patterns.py -k mean_what"),
+    "neighbourhoods are cut at the far border": Mutation(
+        "attention/patterns/words.py", "first = first.minimum((count - n).clamp_min(0)).clamp_min(0)", "first = first.clamp_min(0)",
+        "tests/attention/test_patterns.py -k neighbours"),
+    "the first query block is counted whole": Mutation(
+        "attention/patterns/count.py", "cut_QN = ragged_Q[:, None] | (", "cut_QN = (",
+        "tests/attention/test_patterns.py -k mean_what"),
+    "labels of padding are not left out": Mutation(
+        "attention/pattern.py", "return table[: len(real_S)][real_S]", "return table[: int(real_S.sum())]",
+        "tests/attention/test_patterns_method.py -k padding"),
+    "every head has the first shard": Mutation(
+        "attention/patterns/words.py", "every(n, head % n)", "every(n, 0)",
+        "tests/attention/test_patterns_zoo.py -k s2"),
+    "the slot of a dropped entry gets another's key": Mutation(
+        "attention/cache/entries.py", "x.scatter_(2, where, x[:, :, -1:].clone())", "x.scatter_(2, where, x[:, :, :1].clone())",
+        "tests/attention/test_cache_policies.py -k evicting"),
+    "padding takes places among the keys": Mutation(
+        "attention/cache/policy.py", "(padding_BS.long().cumsum(1) - 1)", "(torch.ones_like(padding_BS).long().cumsum(1) - 1)",
+        "tests/attention/test_cache_laws.py -k rows_do_not"),
+    "votes are not pooled": Mutation(
+        "attention/cache/snapkv.py", "pooled = max_pool1d(sorted_votes, width, stride=1, padding=width // 2)", "pooled = sorted_votes",
+        "tests/attention/test_cache_policies.py -k evicting"),
+    "a short last entry of a summary is thought whole": Mutation(
+        "attention/cache/base.py", "done = min(self.grown.length, self.seen // self.every)", "done = self.grown.length",
+        "tests/attention/test_cache_laws.py -k derives"),
+    "a static cache passes": Mutation(
+        "attach.py", 'getattr(layers[at], "is_compileable", False)', "False", "tests/test_site_attention.py -k static"),
+    "an empty slot uses up packed values": Mutation(
+        "attention/cache/mustafar.py", "values = values[bits.any(-1)]", "values = values.flatten(0, -2)",
+        "tests/attention/test_cache_laws.py -k 'rows_do_not and mustafar'"),
+    "every group of heads meets the first key heads": Mutation(
+        "attention/per_head.py", "first, last = i * heads // share, ((i + 1) * heads - 1) // share + 1", "first, last = 0, (heads - 1) // share + 1",
+        "tests/test_site_attention.py -k cut_through"),
+    "a closing token sees more than its span": Mutation(
+        "attention/cache/sentinel.py", " & (q_kind != CLOSE)[:, :, None]", "", "tests/attention/test_cache_policies.py -k wrapping"),
+    "Performer's rotations keep the signs of QR": Mutation(
+        "attention/trained/sea.py", "q * r.diagonal().sign()", "q", "tests/attention/test_trained_tokens.py -k comes_near"),
+    "blocks do not see the anchor": Mutation(
+        "attention/structured/star.py", "mask[:, 0] |= self.anchor", "mask[:, 0] |= False", "tests/attention/test_structured.py -k two_phases"),
+    "a query meets its own block's regions too": Mutation(
+        "attention/structured/combiner.py", "r * self.region // self.block < places", "r * self.region // self.block <= places",
+        "tests/attention/test_structured.py -k factorised"),
+    "every head leans to what is old": Mutation(
+        "attention/structured/swat.py", "[-(2.0 ** (-8 * n / recent))", "[(2.0 ** (-8 * n / recent))", "tests/attention/test_structured.py -k swat"),
+    "masking a pair does not raise the others": Mutation(
+        "attention/structured/moa.py", "weight / (1 - weight).clamp_min(1e-6)", "weight", "tests/attention/test_structured_search.py -k influence"),
+    "the search forgets what it spent": Mutation(
+        "attention/structured/searched.py", "left -= cost[x, choice[x]]", "left -= 0", "tests/attention/test_structured_search.py -k best_of_all"),
+    "an empty hash class is a key of zeros": Mutation(
+        "attention/structured/lsg.py", "short, there = share.sum(-1) > 0,", "short, there = share.sum(-1) > -1,",
+        "tests/attention/test_structured.py -k 'gathered and lsh'"),
+    "shifted groups are served too": Mutation(
+        "attention/structured/shifted.py", "self._mine if mode else _DENSE", "self._mine", "tests/attention/test_structured.py -k longlora"),
 }

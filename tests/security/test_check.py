@@ -19,7 +19,7 @@ from rarefy.store.check import check
 from rarefy.store.checkpoint import load_checkpoint, save_checkpoint
 from rarefy.store.lines import append_line, read_lines
 from rarefy.store.run import Run, read_run
-from rarefy.store.sealed import check_page, seal, seal_page
+from rarefy.store.sealed import check_page, seal, seal_page, unseal
 from rarefy.store.shards import ActivationStore, ActivationWriter
 from rarefy.ui import read_report
 
@@ -39,7 +39,7 @@ def files(run):
 def test_a_run_of_every_kind_of_file_is_clean(run):
     report = check(run)
     assert report.ok and len(report.checked) >= 9
-    kinds = {"run.json", "log.jsonl", "points.jsonl", "report.json", "report.html", "store.json", "closed.json", "manifest.json"}
+    kinds = {"run.json", "log.jsonl", "points.jsonl", "report.json", "errors.json", "report.html", "store.json", "closed.json", "manifest.json"}
     kinds |= {"method.json", "tensors.safetensors", "shard-000000.data", "shard-000000.index"}
     assert {p.name for p in files(run)} == kinds  # a new kind of file must be protected too, and named here
 
@@ -89,6 +89,7 @@ def test_what_is_damaged_is_not_used(run, tmp_path):
         "log.jsonl": read_lines,
         "points.jsonl": lambda f: rarefy.Frontier.load(f),
         "report.json": lambda f: read_report(copy),
+        "errors.json": lambda f: unseal(f.read_bytes(), f),
         "report.html": check_page,
         "store.json": lambda f: ActivationStore(store),
         "closed.json": lambda f: ActivationStore(store),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ..store.atomic import write_atomic
 from ..store.lines import to_lines
 from ..store.lock import RunLock
 from ..store.run import read_run
+from ..store.sealed import seal
 from ..streams import Flow, LiveStream, windows
 from ..tasks.concepts import label_batches
 from .build import check_names, dictionary, settings_for
@@ -185,7 +185,7 @@ def _told(bench: _Bench, screen: Screen) -> list[str]:
             if isinstance(method, Dictionary) and not entry(name).baseline:
                 records[name], line = told(bench.board, bench.flow, method, name)
                 said.append(line)
-    write_atomic(bench.run / "joined.json", json.dumps(records, allow_nan=False).encode())
+    write_atomic(bench.run / "joined.json", seal({"schema": 1, "dictionaries": records}))
     return said
 
 
@@ -203,7 +203,7 @@ def _errors(bench: _Bench, points: list[Point], notes: list[str], screen: Screen
             if point.role == "method":
                 notes.append(found.told(point.method))
             update(point.method)
-    write_atomic(bench.run / "errors.json", json.dumps(records, allow_nan=False).encode())
+    write_atomic(bench.run / "errors.json", seal({"schema": 1, "dictionaries": records}))
     return records
 
 

@@ -13,7 +13,8 @@ from .lines import check_lines
 from .sealed import MOST_REPORT, check_page, unseal
 from .tensors import read_header
 
-REPORT, PAGE, LOGS = "report.json", "report.html", ("log.jsonl", "points.jsonl")
+PAGE, LOGS = "report.html", ("log.jsonl", "points.jsonl")
+SEALED = ("report.json", "errors.json", "joined.json")
 _UNFINISHED = (".tmp-", ".gone-")
 
 
@@ -106,7 +107,7 @@ def _file(path: Path, report: CheckReport) -> None:
             return
         if path.name == run.MANIFEST:
             run.read_run(path.parent)
-        elif path.name == REPORT:
+        elif path.name in SEALED:
             unseal(read_bounded(path, MOST_REPORT), path)
         elif path.name == PAGE:
             check_page(path)

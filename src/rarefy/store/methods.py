@@ -100,8 +100,11 @@ def load(folder: str | Path, method_class: type[Sparse] | None = None) -> Sparse
     arguments = card["arguments"]
     with contextlib.suppress(NotImplementedError, RuntimeError, TypeError):
         # shapes are compared before memory is taken, so that a hostile width costs nothing
-        _compare(_build(method_class, arguments, folder, meta=True).state_dict(), tensors, name, folder)
+        shape = _build(method_class, arguments, folder, meta=True)
+        shape.take_sizes(tensors)
+        _compare(shape.state_dict(), tensors, name, folder)
     method = _build(method_class, arguments, folder)
+    method.take_sizes(tensors)
     _compare(method.state_dict(), tensors, name, folder)
     method.load_state_dict(tensors, strict=True, assign=True)
     return method.eval()
