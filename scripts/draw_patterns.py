@@ -23,12 +23,13 @@ INTRODUCTION = """# Static patterns
 Made by `scripts/draw_patterns.py`. A pattern says which (query, key) pairs attention may look at, by position or metadata alone:
 
 ```python
+import rarefy
 from rarefy.attention.pattern import PatternAttention
-from rarefy.site import replaced
 
+model, tokenizer, _ = rarefy.open_model("builtin")
 method = PatternAttention(pattern="window(256) | sinks(4) | blocks(64, random(2, past=True))")
-with replaced(model, {"layers.*.attn": method}):
-    model.generate(...)
+with rarefy.replaced(model, {"layers.*.attn": method}):
+    model.generate(**tokenizer("def read(path):\n", return_tensors="pt"), max_new_tokens=30)
 ```
 
 Words combine with `|`, `&` and `~`; `heads(a, b)`, `layers(a, b)`, `on_heads([...], a, b)` and `on_layers([...], a, b)` give heads and layers

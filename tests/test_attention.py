@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from rarefy.attention.block import BlockAttention, highest
-from rarefy.attention.quest import Quest, page_bounds
+from rarefy.attention.dynamic.scores import page_bounds
+from rarefy.attention.quest import Quest
 from rarefy.attention.random import RandomBlocks
 from rarefy.attention.window import WindowSinks
 from rarefy.errors import BadInput

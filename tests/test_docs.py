@@ -18,10 +18,11 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 
 def test_the_table_of_methods_is_the_catalogue():
-    from make_docs import between, methods
+    from make_docs import between, methods, table
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert between(text, "methods", methods()) == text, "run scripts/make_docs.py"
+    assert (ROOT / "docs/methods.md").read_text(encoding="utf-8") == table(), "run scripts/make_docs.py"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -21,7 +21,7 @@ MAY_PRINT = ("cli.py", "ui/")
 
 PUBLIC = [
     "BadInput", "Cost", "Damaged", "Frontier", "LiveStream", "Loss", "Point", "RarefyError", "Recipe", "Selection", "Sparse", "StoreStream",
-    "TensorStream", "Unsupported", "__version__", "calibrate", "capture", "check_method", "documents", "entry", "load", "measure",
+    "TensorStream", "Unsupported", "__version__", "calibrate", "capture", "check_method", "documents", "entry", "kv_cache", "load", "measure",
     "open_model", "pareto", "plan", "replaced", "save", "share", "sites", "sweep", "text", "timed", "train", "windows",
 ]
 
@@ -164,6 +164,25 @@ def test_cards_match_classes(entry):
     plain = (bool, int, float, str)
     for parameter in list(inspect.signature(cls.__init__).parameters.values())[1:]:
         assert parameter.default is inspect.Parameter.empty or type(parameter.default) in plain, f"{parameter.name} is no plain scalar"
+
+
+@pytest.mark.parametrize("card", [one for one in catalogue.CARDS if one.kind != "method"], ids=lambda one: one.name)
+def test_cards_of_other_kinds_load(card):
+    loaded = card.object()
+    assert callable(loaded) and inspect.getdoc(loaded)
+    assert card.kind in catalogue.KINDS and card.fitted in ("none", "calibrated", "trained") and card.unit and card.replaces
+    assert card.title.startswith("baseline: ") or card.link.startswith("https://")
+    assert not card.title.startswith("baseline") or card.baseline
+    assert "/" in card.name and 1950 <= card.year <= 2030
+    with pytest.raises(rarefy.BadInput, match=f"{card.name} is a {card.kind}"):
+        catalogue.entry(card.name)
+
+
+def test_every_module_of_sparse_coding_that_has_a_paper_has_a_card():
+    having = {card.target.split(":")[0] for card in catalogue.CARDS}
+    shared = {"__init__", "coded", "support"}                   # what the others share
+    modules = {path.stem for path in (SRC / "latents/coding").glob("*.py")} - shared
+    assert sorted(name for name in modules if f"latents.coding.{name}" not in having) == []
 
 
 def test_catalogue_names_are_unique_and_every_family_has_a_random_baseline():

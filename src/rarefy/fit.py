@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from . import world
 from .errors import BadInput, Damaged, Halted
 from .learner import Learner, Recipe
 from .method import Sparse
+from .observing import Watched
 from .places import refuse_shared, sites_of
 from .selection import check_finite
 from .site import Site, replaced
@@ -44,13 +46,13 @@ class _Enough(Exception):
 
 
 def _places(model: nn.Module, names: list[str]) -> dict[str, Site]:
-    """Plan key -> the linear layer it names."""
+    """Plan key -> the linear layer or the attention it names."""
     found = {}
     for name, there in zip(names, sites_of(model, names), strict=True):
         site, *more = there.values()
-        if more or site.kind != "linear":
+        if more or site.kind == "stream":
             what = f"{len(there)} sites" if more else f"a {site.kind}"
-            raise BadInput(f"{name} names {what}; calibrate observes one linear layer a method, such as layers.0.up_proj")
+            raise BadInput(f"{name} names {what}; calibrate observes one linear layer or attention each, such as layers.0.up_proj or layers.0.attn")
         found[name] = site
     refuse_shared(model, found.values())
     return found
@@ -67,20 +69,29 @@ class _Pass:
 def _observing(model: nn.Module, plan: Mapping[str, Sparse], found: Mapping[str, Site], now: _Pass) -> Iterator[None]:
     """Show methods what flows at their sites; the pass ends once all were read."""
     handles = []
+
+    def read(name: str) -> None:
+        now.read.add(name)
+        if len(now.read) == len(found):
+            raise _Enough
+
+    attention = {name: Watched(plan[name], partial(read, name)) for name, site in found.items() if site.kind == "attention"}
     try:
         for name, site in found.items():
+            if site.kind == "attention":
+                continue
+
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
                 x, y = inputs[0].detach(), output.detach()
                 check_finite(x, f"input of {name}")
                 x, y = (v.flatten(0, -2) if now.mask is None else v.reshape(*now.mask.shape, -1)[now.mask] for v in (x, y))
                 if len(x):
                     plan[name].observe(x, y)
-                now.read.add(name)
-                if len(now.read) == len(found):
-                    raise _Enough
+                read(name)
 
             handles.append(model.get_submodule(site.module_path).register_forward_hook(hook))
-        yield
+        with replaced(model, attention):
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -103,7 +114,7 @@ def calibrate(
     the embedding for every layer, and only as deep as that layer.
 
     Args:
-        plan: linear site name -> method. Methods that need no calibration are left as they are and stand in no pass.
+        plan: name of a linear site or of an attention -> method. Methods that need no calibration are left as they are and stand in no pass.
         batches: objects with `.input_ids` [B, T] and optionally `.attention_mask` [B, T], whose zeros mark padding that no
             method is shown.
         sequential: layer after layer, each seeing what the model gives with the methods of all layers before it already in
@@ -111,7 +122,7 @@ def calibrate(
             of them is replaced. Otherwise every site sees the dense model, in one pass.
 
     Raises:
-        BadInput: no data, data with NaN, or a name that is not one linear layer; names the site.
+        BadInput: no data, data with NaN, or a name that is not one linear layer or attention; names the site.
     """
     wanted = [name for name, method in plan.items() if method.fitted == "calibrated"]
     found = _places(model, wanted)

@@ -7,7 +7,7 @@ buffers. Together they are the method: `save` writes the first as JSON beside th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -104,9 +104,12 @@ class Sparse(nn.Module):
         """Counted work per row of the dense module this replaces."""
         raise NotImplementedError
 
-    def observe(self, x: Tensor, y: Tensor | None = None) -> None:
-        """Calibration: take in a batch of the site's input rows x and output rows y. Must not change results yet."""
+    def observe(self, *inputs: Tensor) -> None:
+        """Calibration: take in a batch of the site's input rows and output rows, or of queries, keys and values. Must not change results yet."""
         raise Unsupported(f"{self.name} is not calibrated")
+
+    def take_sizes(self, tensors: Mapping[str, Tensor]) -> None:
+        """Before loading: give buffers the sizes that a file's tensors say, where arguments do not. Default: nothing."""
 
     def finish(self) -> None:
         """End calibration: choose thresholds or masks from what was observed. Calling it twice changes nothing."""

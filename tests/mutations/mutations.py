@@ -208,6 +208,15 @@ MUTATIONS = {
         "kernels/block_attention/mask.py", "kept & (self.partial < 0)", "kept", "tests/numerics/test_block_attention_masks.py -k density"),
     "summaries are described in pages of another size": Mutation(
         "attention/block.py", "self.describe, self.block)", "self.describe, 1)", "tests/attention/test_dynamic.py -k summaries"),
+    "strips of bounds begin at the wrong query": Mutation(
+        "attention/quest.py", "at * rows - (S - T) % rows", "at * rows", "tests/attention/test_model_speed.py -k strips"),
+    "a step counts its short last block as whole": Mutation(
+        "attention/block.py", "(mask_BHQN[..., -1].sum()) * short", "(mask_BHQN[..., -1].sum()) * 0",
+        "tests/attention/test_model_speed.py -k counts"),
+    "a step leaves out its own block": Mutation(
+        "attention/block.py", "score[..., -1] = torch.inf", "score[..., -1] = score[..., -1]", "tests/attention/test_model_speed.py -k step"),
+    "bad values of earlier steps go through": Mutation(
+        "attention/block.py", "self._refuse_values(out, v_BGSD, layer)", "pass", "tests/attention/test_model_speed.py -k refused"),
     "levels leave out their own mass": Mutation(
         "attention/dynamic/rules.py", "tail = mass.gather(-1, order).flip(-1).cumsum(-1).flip(-1)", "tail = mass.gather(-1, order)",
         "tests/attention/test_dynamic.py -k tail_levels"),
@@ -215,8 +224,10 @@ MUTATIONS = {
         "attention/dynamic/double_sparsity.py", "best = score_GD.topk(kept(self.channels, score_GD.shape[-1]), -1)",
         "best = score_GD.topk(kept(self.channels, score_GD.shape[-1]), -1, largest=False)", "tests/attention/test_dynamic.py -k double"),
     "slashes count from the wrong end": Mutation(
-        "attention/dynamic/vertical_slash.py", "back_PS = (torch.arange(S - P, S, device", "back_PS = (torch.arange(S - P + 1, S + 1, device", "tests/attention/test_dynamic.py -k slash"),
-    "calibration sees padding": Mutation("observing.py", "x[b : b + 1, :, real_S] for x", "x[b : b + 1] for x", "tests/attention/test_dynamic.py -k real_tokens"),
+        "attention/dynamic/vertical_slash.py", "back_PS = (torch.arange(S - P, S, device", "back_PS = (torch.arange(S - P + 1, S + 1, device",
+        "tests/attention/test_dynamic.py -k slash"),
+    "calibration sees padding": Mutation("observing.py", "x[b : b + 1, :, real_S] for x", "x[b : b + 1] for x",
+        "tests/attention/test_dynamic.py -k real_tokens"),
     "attention stays in the model's config": Mutation(
         "attach.py", "            config._attn_implementation_internal = before[i]", "            pass",
         "tests/test_site_attention.py -k exceptions"),
@@ -555,6 +566,18 @@ MUTATIONS = {
         "tests/test_site_attention.py -k cut_through"),
     "a closing token sees more than its span": Mutation(
         "attention/cache/sentinel.py", " & (q_kind != CLOSE)[:, :, None]", "", "tests/attention/test_cache_policies.py -k wrapping"),
+    "llsa sees the mean of the block that a query stands in": Mutation(
+        "attention/trained/llsa.py", "torch.where(seen < own_R[:, None], seen, -1)", "torch.where(seen <= own_R[:, None], seen, -1)",
+        "tests/attention/test_trained_rest.py -k llsa_and"),
+    "nosa lets the query choose the whole budget": Mutation(
+        "attention/trained/nosa.py", "highest(score, keep - fixed)", "highest(score, keep)", "tests/attention/test_trained_rest.py -k nosa_and"),
+    "flux decodes the other way": Mutation(
+        "attention/trained/flux.py", "self._held_B = (z_B > 0)", "self._held_B = (z_B < 0)", "tests/attention/test_trained_rest.py -k flux_decides"),
+    "sparsifiner drops nothing": Mutation(
+        "attention/trained/sparsifiner.py", "torch.where(map_BHTI >= self.floor, map_BHTI, 0.0)", "map_BHTI",
+        "tests/attention/test_trained_rest.py -k sparsifiner_and"),
+    "spt forgets the distance": Mutation(
+        "attention/trained/spt.py", ".double() * S - far", ".double() * S", "tests/attention/test_trained_rest.py -k spt_and"),
     "Performer's rotations keep the signs of QR": Mutation(
         "attention/trained/sea.py", "q * r.diagonal().sign()", "q", "tests/attention/test_trained_tokens.py -k comes_near"),
     "blocks do not see the anchor": Mutation(
@@ -573,4 +596,23 @@ MUTATIONS = {
         "tests/attention/test_structured.py -k 'gathered and lsh'"),
     "shifted groups are served too": Mutation(
         "attention/structured/shifted.py", "self._mine if mode else _DENSE", "self._mine", "tests/attention/test_structured.py -k longlora"),
+    "the odds forget one table alone": Mutation(
+        "attention/dynamic/hashing.py", " - tables * x * (1 - x) ** (tables - 1)", "", "tests/attention/test_dynamic_tail.py -k magicpig"),
+    "the tournament judges by first blocks": Mutation(
+        "attention/dynamic/hip.py", "(start + stop - 1).div(2,", "start.div(1,", "tests/attention/test_dynamic_tail.py -k hip_is"),
+    "the support adds to the estimate": Mutation(
+        "attention/dynamic/scatterbrain.py", " - (rough - top).exp()", "", "tests/attention/test_dynamic_tail.py -k scatterbrain_is"),
+    "a key graph points to the centre only": Mutation(
+        "attention/dynamic/key_graph.py", "in ((centre, other), (other, centre))", "in ((other, centre),)",
+        "tests/attention/test_dynamic_tail.py -k key_graph"),
+    "pages begun since the choice are lost": Mutation(
+        "attention/dynamic/lserve.py", "return mask | (n > first_T[:, None] // self.block)", "return mask & (n > -1) | (n > S)",
+        "tests/attention/test_dynamic_tail.py -k takes_over"),
+    "early tokens count for all who see them": Mutation(
+        "attention/dynamic/zipvl.py", " / (~unseen_PS).sum(0)", "", "tests/attention/test_dynamic_steps.py -k favour"),
+    "the sparse softmax keeps its size": Mutation(
+        "attention/dynamic/rettention.py", 'state["share"] * super()._attend(q, k, v, scale, causal)', "super()._attend(q, k, v, scale, causal)",
+        "tests/attention/test_dynamic_steps.py -k rettention"),
+    "a run chooses at each step": Mutation(
+        "attention/dynamic/sparse_d.py", 'if "mask" not in state or', "if True or", "tests/attention/test_dynamic_steps.py -k sparse_d"),
 }

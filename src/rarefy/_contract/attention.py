@@ -53,6 +53,12 @@ def moved_blocks(method: Any, inputs: Inputs, order: Tensor) -> tuple[Sparse, In
     return method, (q, k[:, :, at], v[:, :, at])
 
 
+def fitted(method: Sparse, inputs: Inputs) -> None:
+    """Observe queries, keys and values, and finish."""
+    method.observe(*inputs)
+    method.finish()
+
+
 @dataclass(frozen=True)
 class Notes:
     """What is peculiar to one attention method."""
@@ -103,15 +109,165 @@ _NSA = Notes(
     not_dense="three branches are mixed by gates", density=selected_pairs, slack=0.3,
     bad=(*_TRAINED_BAD, ({"stride": 3}, "stride"), ({"window": 0}, "window"), ({"top": -1}, "top"), ({"hidden": 0}, "hidden")),
 )
+PATTERNS: Mapping[str, Callable[[int, int, int], bool]] = {
+    "window(9) | sinks(2)": lambda q, k, head: 0 <= q - k < 9 or k <= q and k < 2,
+    "blocks(8, window(1) | shards(4)) | tokens(0)": lambda q, k, head: k <= q and (q // 8 == k // 8 or k // 8 % 4 == head or k == 0),
+}
+"""An expression and the same said in Python, of (query position, key position, head)."""
+
+
+def of_pattern(method: Any, inputs: Inputs) -> Tensor:
+    """Dense attention under a pattern written out pair by pair."""
+    q, k, v = inputs
+    rule, T, S = PATTERNS[method.arguments["pattern"]], q.shape[2], k.shape[2]
+    keep = torch.tensor([[[rule(S - T + t, s, h) for s in range(S)] for t in range(T)] for h in range(q.shape[1])])
+    share = q.shape[1] // k.shape[1]
+    score = q @ k.repeat_interleave(share, 1).mT / q.shape[-1] ** 0.5
+    return score.masked_fill(~keep, -torch.inf).softmax(-1) @ v.repeat_interleave(share, 1)
+
+
+def weighted(method: Any, inputs: Inputs) -> Tensor:
+    """Dense causal attention with each key's own importance added to its logits."""
+    q, k, v = inputs
+    share = q.shape[1] // k.shape[1]
+    score = q @ k.repeat_interleave(share, 1).mT / q.shape[-1] ** 0.5 + method.importance(v).repeat_interleave(share, 1)[:, :, None]
+    later = ~torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+    return score.masked_fill(later, -torch.inf).softmax(-1) @ v.repeat_interleave(share, 1)
+
+
+def image(batch: int, seed: int) -> Inputs:
+    """q [B, 4, 64, 20], k and v [B, 2, 64, 20]: a map of 8 x 8."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(batch, n, 64, D_HEAD, generator=generator) for n in (HEADS, KV_HEADS, KV_HEADS))
+
+
+_SERVED_DENSE = {"L8": "outside training it is the dense attention that it stands in for: it changes nothing"}
+
+
 NOTES: dict[str, Notes] = {
+    "attention/pattern": Notes(
+        arguments={"block": 8, "query_block": 8, "pattern": "window(9) | sinks(2)"}, takes_budget=False, budgets=(1.0,), dense=of_pattern, slack=1.0,
+        variants=({"pattern": "blocks(8, window(1) | shards(4)) | tokens(0)", "query_block": 1},), bad=(({"pattern": "windw(3)"}, "pattern"),),
+    ),
+    "attention/star": Notes(
+        arguments={"block": 8}, variants=({"question": 11}, {"anchor": False},), takes_budget=False, budgets=(1.0,), dense=None,
+        not_dense="the context is encoded in blocks; one block has a test of its own", slack=1.0,
+        bad=(({"question": -1}, "question"), ({"anchor": 1}, "anchor")),
+    ),
+    "attention/combiner": Notes(
+        arguments={"block": 8, "region": 1}, variants=({"region": 4, "pool": "mean"}, {"region": 4, "summary": "queries"}), takes_budget=False,
+        budgets=(1.0,), dense=None, not_dense="regions of several keys share a weight; regions of one have a test of their own", slack=1.0,
+        bad=(({"region": 3}, "region"), ({"pool": "sum"}, "pool"), ({"summary": "values"}, "summary")),
+    ),
+    "attention/swat": Notes(
+        arguments={"window": 9}, takes_budget=False, budgets=(1.0,), dense=None, not_dense=_MAP, slack=1.0, bad=(({"window": 0}, "window"),),
+    ),
+    "attention/moa": Notes(
+        arguments={"block": 8, "query_block": 8, "sinks": 1, "options": "elastic(4, 0); elastic(4, 0.1); elastic(4, 0.3); elastic(8, 0.5); full()"},
+        fit=fitted, slack=0.2, bad=(({"sinks": -1}, "sinks"), ({"options": "full()"}, "options")),
+    ),
+    "attention/sparse_vdit": Notes(
+        arguments={"block": 8, "query_block": 8, "options": "full(); window(16); window(4); every(4) | own(); none()"}, fit=fitted, slack=0.2,
+        expected_failures={"L3": "another budget is another pattern for a head, which need not hold the smaller one's keys"},
+        bad=(({"options": 3}, "options"),),
+    ),
+    "attention/efficient_vdit": Notes(
+        arguments={"block": 8, "query_block": 8, "tolerance": 2.0, "options": "full(); window(16); window(4)"}, fit=fitted, slack=1.0,
+        takes_budget=False, budgets=(1.0,), dense=None, not_dense="how much is kept follows from the tolerance; none has a test of its own",
+        bad=(({"tolerance": -1.0}, "tolerance"), ({"options": ""}, "options")),
+    ),
+    "attention/lsg": Notes(
+        arguments={"block": 8, "factor": 2}, variants=tuple({"pick": pick} for pick in ("pool", "lsh", "stride", "block_stride")),
+        takes_budget=False, budgets=(1.0,), dense=None, not_dense="far blocks are brought down; short inputs have a test of their own", slack=1.0,
+        bad=(({"factor": 3}, "factor"), ({"globals": -1}, "globals"), ({"pick": "best"}, "pick")),
+    ),
+    "attention/longlora": Notes(
+        arguments={"group": 16, "block": 8, "query_block": 8}, takes_budget=False, budgets=(1.0,), slack=0.0, expected_failures=_SERVED_DENSE,
+        bad=(({"group": 0}, "group"),),
+    ),
+    "attention/sinklora": Notes(
+        arguments={"group": 16, "block": 8, "query_block": 8}, takes_budget=False, budgets=(1.0,), slack=0.0, expected_failures=_SERVED_DENSE,
+        bad=(({"shifted": 0.7}, "shifted"),),
+    ),
+    "attention/scca": Notes(
+        arguments={"chunk": 16, "block": 8, "query_block": 8}, takes_budget=False, budgets=(1.0,), slack=0.0,
+        expected_failures=_SERVED_DENSE, bad=(({"chunk": 0}, "chunk"), ({"shifts": 0}, "shifts")),
+    ),
+    "attention/swinbert": Notes(
+        arguments={"size": 64, "block": 8}, takes_budget=False, budgets=(1.0,), dense=None,
+        not_dense="how much is kept is learned; an open mask has a test of its own", slack=1.0,
+        bad=(({"size": 0}, "size"), ({"weight": -1.0}, "weight"), ({"block": 0}, "block")),
+    ),
+    "attention/scatterformer": Notes(
+        arguments={"window": 9}, takes_budget=False, budgets=(1.0,), dense=None, not_dense=_MAP, slack=1.0, bad=(({"window": 0}, "window"),),
+    ),
+    "attention/sparse_bev": Notes(
+        arguments={"heads": HEADS, "d_head": D_HEAD}, variants=({"rows": 9.0},), takes_budget=False, budgets=(1.0,), dense=None,
+        not_dense="distance is held against keys; a slope of nothing has a test of its own", slack=1.0,
+        bad=(({"heads": 0}, "heads"), ({"d_head": 0}, "d_head"), ({"rows": -1.0}, "rows")),
+    ),
     "attention/moba": Notes(
-        variants=({"query_block": 8}, {"order": "keys"}), permuted=moved_blocks, not_permuted="", bad=(({"top": -1}, "top"), ({"order": "rows"}, "order")),
+        variants=({"query_block": 8}, {"order": "queries"}), permuted=moved_blocks, not_permuted="",
+        bad=(({"top": -1}, "top"), ({"order": "rows"}, "order")),
     ),
     "attention/seer": Notes(
         arguments={**_SIZES, "block": 8, "query_block": 1}, variants=({"query_block": 8},), bad=(*_TRAINED_BAD, ({"d_gate": 3}, "d_gate")),
     ),
     "attention/nsa": _NSA,
     "attention/fsa": _NSA,
+    "attention/purbo": Notes(
+        arguments={**_SIZES, "window": 5, "sinks": 2, "d_index": 2}, variants=({"retrieval": "1, 2", "p": 0.45},), takes_budget=False,
+        budgets=(1.0,), dense=None, not_dense="how much is kept follows from p and the indexer; p = 1 has a test of its own", slack=1.0,
+        bad=(*_TRAINED_BAD, ({"p": 0.0}, "p"), ({"d_index": 0}, "d_index"), ({"retrieval": "9"}, "retrieval"), ({"sinks": 0}, "sinks")),
+    ),
+    "attention/routing": Notes(
+        arguments={**_SIZES, "clusters": 3}, variants=({"w": 9, "local_heads": 1, "window": 5},), takes_budget=False, budgets=(1.0,), dense=None,
+        not_dense="how much is kept follows from the clusters; one cluster has a test of its own", slack=1.0,
+        bad=(*_TRAINED_BAD, ({"clusters": 0}, "clusters"), ({"w": -1}, "w"), ({"local_heads": 5}, "local_heads"), ({"decay": 0.0}, "decay")),
+    ),
+    "attention/sea": Notes(
+        arguments={**_SIZES, "cells": 8, "features": 6}, slack=0.03,
+        bad=(*_TRAINED_BAD, ({"cells": 0}, "cells"), ({"features": 0}, "features")),
+        expected_failures={"M9": "the decoder's work a query is fixed, and at 53 keys more than that of dense attention"},
+    ),
+    "attention/sma": Notes(
+        arguments={**_SIZES, "window": 5}, takes_budget=False, budgets=(1.0,), dense=None, not_dense="each token says whether it attends", slack=1.0,
+        bad=(*_TRAINED_BAD, ({"window": 0}, "window"), ({"lean": float("inf")}, "lean")),
+    ),
+    "attention/shared_diff": Notes(
+        arguments={**_SIZES, "rank": 2}, takes_budget=False, budgets=(1.0,), dense=None, not_dense="it is the difference of two maps", slack=0.0,
+        bad=(*_TRAINED_BAD, ({"layer": -1}, "layer"), ({"eps": -1.0}, "eps"), ({"rank": 0}, "rank"), ({"rank": 21}, "rank")),
+    ),
+    "attention/llsa": Notes(
+        arguments={"top": 2, "block": 3, "levels": 2}, variants=({"shared": False, "coarse": "rest"}, {"coarse": "none", "levels": 1}),
+        takes_budget=False, budgets=(1.0,), dense=None, not_dense="`top` blocks a level; taking all has a test of its own", slack=1.0,
+        bad=(({"top": 0}, "top"), ({"levels": 0}, "levels"), ({"coarse": "some"}, "coarse"), ({"shared": 1}, "shared")),
+    ),
+    "attention/nosa": Notes(
+        arguments={**_SIZES, "block": 8, "pool": 4, "local": 1}, variants=({"steady": 0.0},), dense=weighted, slack=0.3,
+        bad=(*_TRAINED_BAD, ({"pool": 3}, "pool"), ({"local": 0}, "local"), ({"steady": 1.0}, "steady"), ({"steady": -0.1}, "steady")),
+    ),
+    "attention/biformer": Notes(
+        arguments={**_SIZES, "regions": 4, "local": 3}, inputs=image, dense=None,
+        not_dense="a convolution of the values is added; without it all regions have a test of their own", slack=0.03,
+        bad=(*_TRAINED_BAD, ({"regions": 0}, "regions"), ({"local": 2}, "local"), ({"top": -1}, "top"), ({"width": -1}, "width")),
+        expected_failures={"L8": "a Llama is causal, and the regions of a map attend both ways: it is refused by name"},
+    ),
+    "attention/sparsifiner": Notes(
+        arguments={**_SIZES, "tokens": 53, "down": 5, "d_low": 2, "floor": 0.15}, slack=0.03,
+        bad=(*_TRAINED_BAD, ({"tokens": 0}, "tokens"), ({"down": 0}, "down"), ({"d_low": 0}, "d_low"), ({"floor": -1.0}, "floor")),
+    ),
+    "attention/spt": Notes(
+        arguments={**_SIZES, "parts": 4, "words": 3}, slack=0.03, bad=(*_TRAINED_BAD, ({"parts": 3}, "parts"), ({"words": 0}, "words")),
+    ),
+    "attention/dsv": Notes(
+        arguments={**_SIZES, "rank": 3}, slack=0.03, bad=(*_TRAINED_BAD, ({"rank": 0}, "rank"), ({"rank": 21}, "rank"), ({"dense_heads": "9"}, "dense_heads")),
+    ),
+    "attention/flux": Notes(
+        arguments={**_SIZES, "hidden": 24, "window": 5, "sinks": 2}, inputs=with_hidden, takes_budget=False, budgets=(1.0,), dense=None,
+        not_dense="the router decides; both ways have tests of their own", slack=1.0,
+        bad=(*_TRAINED_BAD, ({"window": 0}, "window"), ({"tail": 0}, "tail"), ({"target": 0.0}, "target"), ({"price": -1.0}, "price")),
+    ),
     "attention/diff": Notes(
         arguments=_SIZES, takes_budget=False, budgets=(1.0,), dense=None, not_dense="it is the difference of two maps", slack=0.0,
         bad=(*_TRAINED_BAD, ({"layer": -1}, "layer"), ({"eps": -1.0}, "eps")),
@@ -135,9 +291,83 @@ NOTES: dict[str, Notes] = {
     "attention/top_k": Notes(arguments={}, slack=0.03),
     "attention/statistical_top_k": Notes(arguments={}, slack=0.1),
     "attention/quest": Notes(variants=({"query_block": 8},), permuted=moved_blocks, not_permuted=""),
+    "attention/blasst": Notes(
+        fit=fitted, variants=({"query_block": 8},), slack=0.3, bad=(({"dial": -1.0}, "dial"),)),
+    "attention/double_sparsity": Notes(arguments={}, fit=fitted, slack=0.06, bad=(({"channels": 0.0}, "channels"),)),
+    "attention/loki": Notes(arguments={}, fit=fitted, slack=0.06, bad=(({"rank": 0.0}, "rank"),)),
+    "attention/vertical_slash": Notes(arguments={"last": 8}, slack=0.03, bad=(({"share": 0.0}, "share"), ({"last": 0}, "last"))),
+    "attention/sample": Notes(arguments={}, fit=fitted, slack=0.06, bad=(({"every": 0}, "every"), ({"dial": 1.5}, "dial"))),
+    "attention/sparge": Notes(
+        arguments={"block": 4, "query_block": 4, "theta": -1.0}, variants=({"query_block": 1},), budgets=(0.25, 0.5, 1.0), fit=fitted,
+        bad=(({"theta": 2.0}, "theta"),)),
+    "attention/twilight": Notes(
+        arguments={"page": 8}, fit=fitted, slack=0.06, bad=(({"generous": 0.5}, "generous"), ({"bits": 0}, "bits")),
+        expected_failures={"M3": "keys of 4 bits jump where a channel crosses a step, and the choice with them"}),
+    "attention/pooled": Notes(variants=({"query_block": 8},), permuted=moved_blocks, not_permuted=""),
+    "attention/minference": Notes(
+        arguments={"last": 8, "side": 8}, fit=fitted, slack=0.25, bad=(({"last": 0}, "last"), ({"side": 0}, "side")),
+    ),
+    "attention/tidal": Notes(arguments={"dense": 0}, slack=0.06, bad=(({"every": 0}, "every"), ({"dense": -1}, "dense"))),
+    "attention/squeezed": Notes(
+        arguments={"segment": 16, "size": 4}, fit=fitted, budgets=(0.5, 0.75, 1.0), slack=0.1,
+        bad=(({"segment": 0}, "segment"), ({"size": 32}, "size")),
+    ),
+    "attention/random_tiles": Notes(slack=0.3),
     "attention/random": Notes(variants=({"query_block": 8},)),
+    "attention/magicpig": Notes(
+        arguments={"bits": 2, "tables": 4, "sinks": 2, "window": 4, "centre": 9}, takes_budget=False, budgets=(1.0,), dense=None,
+        not_dense="the sample follows from hashes; that it nears dense attention has a test of its own", slack=1.0,
+        bad=(({"bits": 0}, "bits"), ({"tables": 1}, "tables"), ({"window": 0}, "window"), ({"sinks": -1}, "sinks"), ({"centre": 0}, "centre")),
+    ),
+    "attention/hip": Notes(
+        variants=({"query_block": 8},), not_permuted="chunks are cut by position",
+        expected_failures={"L3": "another number of chunks is another tournament: a larger one may lose a block that a smaller one found"},
+    ),
+    "attention/lsh": Notes(
+        arguments={"rounds": 16, "bits": 1}, fit=fitted, slack=0.1,
+        bad=(({"rounds": 0}, "rounds"), ({"bits": 0}, "bits"), ({"dial": -1}, "dial"), ({"dial": 99}, "dial")),
+    ),
+    "attention/scatterbrain": Notes(
+        arguments={"features": 4, "rounds": 3, "bits": 2}, slack=0.03,
+        bad=(({"features": 0}, "features"), ({"rounds": 0}, "rounds"), ({"bits": 0}, "bits")),
+    ),
+    "attention/retrieval": Notes(
+        arguments={"near": 4, "degree": 4, "breadth": 6, "sinks": 1, "window": 2, "stride": 8},
+        bad=(({"near": 1}, "near"), ({"degree": 0}, "degree"), ({"breadth": 0}, "breadth"), ({"stride": 0}, "stride"), ({"sinks": -1}, "sinks")),
+    ),
+    "attention/lserve": Notes(
+        arguments={"block": 8, "part": 4, "streaming": 0.01}, variants=({"query_block": 8},), fit=fitted,
+        bad=(({"part": 3}, "part"), ({"reuse": 0}, "reuse"), ({"streaming": 0.0}, "streaming"), ({"sinks": 0}, "sinks"), ({"window": 0}, "window")),
+    ),
+    "attention/zipvl": Notes(
+        arguments={"probes": 6}, fit=fitted, slack=0.06, not_permuted="every query sees its own key, wherever that is",
+        bad=(({"probes": 0}, "probes"), ({"dial": 1.5}, "dial")),
+    ),
+    "attention/rettention": Notes(
+        arguments={"block": 8, "query_block": 8, "pattern": "window(9) | sinks(2)"}, takes_budget=False, budgets=(1.0,), dense=of_pattern, slack=1.0,
+        bad=(({"pattern": "windw(3)"}, "pattern"), ({"refresh": 0}, "refresh")),
+    ),
+    "attention/sparse_d": Notes(
+        arguments={"block": 8, "query_block": 1}, variants=({"query_block": 8},), bad=(({"dense": -0.5}, "dense"), ({"dense": 1.5}, "dense")),
+    ),
+    "attention/sparse_video": Notes(
+        arguments={"frame": 6, "samples": 5}, takes_budget=False, budgets=(1.0,), dense=None, slack=1.0,
+        not_dense="what is kept follows from the patterns",
+        bad=(({"frame": 0}, "frame"), ({"samples": 0}, "samples"), ({"frames": -1}, "frames"), ({"places": -1}, "places")),
+    ),
+    "attention/permuted_blocks": Notes(
+        arguments={"block": 4, "query_block": 4, "segment": 8}, budgets=(0.5, 0.75, 1.0), fit=fitted, slack=0.1, variants=({"permute": False},),
+        not_permuted="the order of keys within a segment is the method's own", bad=(({"segment": 6}, "segment"), ({"dial": 1.5}, "dial")),
+    ),
     "attention/window": Notes(slack=0.03, bad=(({"sinks": 0}, "sinks"), ({"window": -1}, "window"))),
 }
+
+
+def _one_unit(method: Sparse, notes: Notes) -> tuple[Sparse, Inputs]:
+    inputs = tuple(x[:2, :, :1] if x.ndim == 4 else x[:2, :1] for x in notes.inputs(2, 0))
+    if notes.fit is not None:
+        notes.fit(method, inputs)
+    return method, inputs
 
 
 def attention(cls: type[Sparse], **arguments: Any) -> Spec:
@@ -155,7 +385,7 @@ def attention(cls: type[Sparse], **arguments: Any) -> Spec:
         bad += [({name: 0}, name), ({name: 2.5}, name)]
     return Spec(
         make=make, inputs=notes.inputs, fit=notes.fit, dense=notes.dense, not_dense=notes.not_dense,
-        one_unit=lambda: (make(notes.budgets[0]), tuple(x[:2, :, :1] if x.ndim == 4 else x[:2, :1] for x in notes.inputs(2, 0))),
+        one_unit=lambda: _one_unit(make(notes.budgets[0]), notes),
         permuted=notes.permuted, permutable=lambda i: (i[0][:, :, -1:], *i[1:]),
         units=lambda m, i: i[1].shape[2] // m.arguments["block"] if notes.permuted else 0, not_permuted=notes.not_permuted,
         density=notes.density, density_slack=lambda n: notes.slack, budgets=notes.budgets, bad_arguments=tuple(bad),

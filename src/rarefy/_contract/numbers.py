@@ -74,7 +74,7 @@ def not_a_number(case: Case) -> None:
         fresh = case.fresh()
         before = state_of(fresh)
         if fresh.fitted == "calibrated":
-            _refuses(lambda m=fresh, b=_spoilt(inputs, 0, value): m.observe(b[0]), f"observe with {word}", (word, fresh.name))
+            _refuses(lambda m=fresh, b=_spoilt(inputs, 0, value): m.observe(*b), f"observe with {word}", (word, fresh.name))
         if fresh.fitted == "trained":
             fresh.train()
             x = _spoilt(inputs, 0, value)[0]

@@ -75,14 +75,14 @@ def finishing(case: Case) -> None:
     """C12: finish twice is once; batches give what the whole gives; observing alone changes no result."""
     if case.fresh().fitted != "calibrated":
         raise NotApplicable("it is not calibrated")
-    (x,) = case.inputs(48, seed=4)
+    xs = case.inputs(48, seed=4)
     whole, split, again = case.fresh(), case.fresh(), case.fresh()
-    whole.observe(x)
+    whole.observe(*xs)
     whole.finish()
-    for part in (x[:1], x[1:1], x[1:20], x[20:]):
-        split.observe(part)
+    for part in (slice(1), slice(1, 1), slice(1, 20), slice(20, None)):
+        split.observe(*(x[part] for x in xs))
     split.finish()
-    again.observe(x)
+    again.observe(*xs)
     again.finish()
     once = state_of(again)
     again.finish()
@@ -90,7 +90,7 @@ def finishing(case: Case) -> None:
     probe = case.inputs(8, seed=6)
     same_bits(chosen(whole, probe).mask, chosen(split, probe).mask, "calibrated whole against in batches")
     before = whole(*probe).detach()
-    whole.observe(x * 3)
+    whole.observe(*(x * 3 for x in xs))
     same_bits(whole(*probe).detach(), before, "observe before finish")
 
 
@@ -139,6 +139,13 @@ def _for_site(method: Sparse, model: torch.nn.Module, case: Case) -> Sparse:
             placed.observe(torch.randn(50, 64, generator=torch.Generator().manual_seed(3)))
             placed.finish()
         return placed
+    if site.endswith(".attn") and "heads" in method.arguments and "d_head" in method.arguments:
+        wanted = {k: v for k, v in method.arguments.items() if k not in ("hidden", "heads", "key_heads", "d_head", "layer")}
+        return type(method).for_module(model.get_submodule("model.layers.0.self_attn"), **wanted)
+    if site.endswith(".attn") and method.fitted == "calibrated":
+        method.observe(*(x[..., :8] for x in case.inputs(50, seed=3)))      # the width of the small Llama's heads
+        method.finish()
+        return method
     if site.endswith("mlp.out"):
         return type(method)(**{**method.arguments, "d_in": 32, **({"d_out": 32} if method.arguments.get("d_out") else {})})
     return method

@@ -6,12 +6,15 @@ N = key blocks.
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..cost import Cost
 from ..errors import BadInput
-from ..kernels.block_attention import Allowed, block_attention, block_attention_reference, blocks_of
+from ..kernels.block_attention import Allowed, BlockMask, block_attention, block_attention_reference, blocks_of, top_pages
 from ..method import Sparse, fraction, positive
 from ..selection import Selection, check_finite
 
@@ -40,6 +43,10 @@ class BlockAttention(Sparse):
     """
 
     unit = "key block"
+    wants: ClassVar[tuple[str, ...]] = ()
+    """Extras that `attend` takes by keyword; "cache" where `describe` is worth keeping between steps."""
+    prefill_only: ClassVar[bool] = False
+    """True where the paper leaves decoding steps dense."""
 
     def __init__(self, budget: float = 0.25, block: int = 16, query_block: int = 1) -> None:
         super().__init__()
@@ -47,6 +54,8 @@ class BlockAttention(Sparse):
         self.block, self.query_block = positive("block", block), positive("query_block", query_block)
         self._kept = self._seen = 0.0
         self._shape: tuple[int, int, int, int] | None = None
+        self._cache: Any = None
+        self._row, self._layer = -1, 0
 
     @property
     def budget(self) -> float:
@@ -57,6 +66,28 @@ class BlockAttention(Sparse):
         """[B, H, Q, N] importance of each key block for each block of `rows` queries."""
         raise NotImplementedError
 
+    def describe(self, k_BGSD: Tensor) -> Tensor:
+        """[B, G, N, ...] what `scores` reads of keys instead of the keys; that of a full block may not depend on other blocks."""
+        raise NotImplementedError
+
+    def summary(self, k_BGSD: Tensor) -> Tensor:
+        """`describe` of all keys; where the layer's cache keeps summaries (`cache.summary(name, make, every)`), of new blocks alone."""
+        keep = getattr(self._cache, "summary", None)
+        return self.describe(k_BGSD) if keep is None else keep(f"{self.name}/{self.block}", self.describe, self.block)
+
+    def rule(self, score_BHQN: Tensor, visible_Q: Tensor) -> Tensor:
+        """[B, H, Q, N] bool from scores, +inf for blocks always kept, -inf for those not seen; here `budget`'s share of each row.
+
+        Args:
+            visible_Q: how many blocks each row sees.
+        """
+        # Python's round, for exactly the count that `budget` promises
+        if len(visible_Q) == 1:
+            best = top_pages(score_BHQN, max(1, round(self._budget * int(visible_Q))))
+            return best & (score_BHQN > -torch.inf) | (score_BHQN == torch.inf)
+        keep_Q = torch.tensor([max(1, round(self._budget * v)) for v in visible_Q.tolist()], device=score_BHQN.device)
+        return highest(score_BHQN, keep_Q[:, None]) & (score_BHQN > -torch.inf) | (score_BHQN == torch.inf)
+
     def allowed(self) -> Allowed | None:
         """A pattern finer than a block, if the method has one."""
         return None
@@ -65,58 +96,103 @@ class BlockAttention(Sparse):
         return 1 if T == 1 else self.query_block
 
     def choose(self, q_BHTD: Tensor, k_BGSD: Tensor, causal: bool) -> Tensor:
-        """[B, H, Q, N] bool block mask."""
+        """[B, H, Q, N] bool block mask of queries whose logits are q k / sqrt(D)."""
         T, S = q_BHTD.shape[2], k_BGSD.shape[2]
         rows = self._rows(T)
-        score = self.scores(q_BHTD.detach(), k_BGSD.detach(), rows, causal)
+        return self.rule(*self.bounded(self.scores(q_BHTD.detach(), k_BGSD.detach(), rows, causal), T, S, rows, causal))
+
+    def bounded(self, score_BHQN: Tensor, T: int, S: int, rows: int, causal: bool) -> tuple[Tensor, Tensor]:
+        """Scores with -inf for later blocks and +inf for the queries' own, and how many blocks each row sees; [B, H, Q, N] and [Q]."""
         Q, N = blocks_of(T, S, self.block, rows)
-        last_Q = (((S - T) // rows + torch.arange(1, Q + 1, device=score.device)) * rows).clamp_max(S) - 1
-        own_Q = last_Q // self.block
-        n = torch.arange(N, device=score.device)
-        if causal:
-            first_Q = ((S - T) // rows + torch.arange(Q, device=score.device)) * rows // self.block
-            score = score.masked_fill(n > own_Q[:, None], -torch.inf)
-            score = score.masked_fill((n <= own_Q[:, None]) & (n >= first_Q[:, None]), torch.inf)
-            visible_Q = own_Q + 1
-        else:
-            visible_Q = torch.full_like(own_Q, N)
-        # Python's round, for exactly the count that `budget` promises
-        keep_Q = torch.tensor([max(1, round(self._budget * v)) for v in visible_Q.tolist()], device=score.device)
-        return highest(score, keep_Q[:, None]) & (score > -torch.inf) | (score == torch.inf)
+        if T == rows == 1 and causal:                          # the newest query sees everything, and stands in the last block
+            score = score_BHQN.clone()
+            score[..., -1] = torch.inf
+            return score, torch.tensor([N], device=score.device)
+        n, row_Q = torch.arange(N, device=score_BHQN.device), (S - T) // rows + torch.arange(Q, device=score_BHQN.device)
+        if not causal:
+            return score_BHQN, torch.full_like(row_Q, N)
+        own_Q = (((row_Q + 1) * rows).clamp_max(S) - 1) // self.block
+        first_Q = row_Q * rows // self.block
+        score = score_BHQN.masked_fill(n > own_Q[:, None], -torch.inf)
+        return score.masked_fill((n <= own_Q[:, None]) & (n >= first_Q[:, None]), torch.inf), own_Q + 1
+
+    def _chosen(self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor | None, causal: bool) -> Tensor:
+        """`choose`, or everything in a decoding step of a method for prefill; values are there for those who compare outputs."""
+        T, S = q_BHTD.shape[2], k_BGSD.shape[2]
+        if not (self.prefill_only and T == 1 and S > 1):
+            return self.choose(q_BHTD, k_BGSD, causal)
+        return torch.ones(*q_BHTD.shape[:2], *blocks_of(T, S, self.block, 1), dtype=torch.bool, device=q_BHTD.device)
 
     def _refuse(self, x: Tensor, what: str, where: str = "") -> None:
         """check_finite, screened by a sum: a tenth of the time on a long cache, and no NaN or inf leaves a sum finite."""
         if not x.detach().sum(dtype=torch.float32 if x.element_size() < 4 else x.dtype).isfinite():
             check_finite(x, f"{what} of {self.name}{where}")
 
+    def _refuse_all(self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, layer: int, cache: Any) -> None:
+        """`_refuse` of queries, keys and values; of keys in a cache with summaries the new ones alone, by sums of blocks kept there.
+
+        A step reads a part of the keys and values, so a look at all of them would cost more than attending. Values that came before
+        are left to `_refuse_values`.
+        """
+        keep, T, where = getattr(cache, "summary", None), q_BHTD.shape[2], f" in layer {layer}"
+        self._refuse(q_BHTD, "queries", where)
+        if keep is None or T == k_BGSD.shape[2]:
+            self._refuse(k_BGSD, "keys", where)
+            self._refuse(v_BGSD, "values", where)
+            return
+        if not keep(f"sums/{self.block}", self._block_sums, self.block).sum().isfinite():
+            self._refuse(k_BGSD, "keys", where)
+        self._refuse(v_BGSD[:, :, -T:], "values", where)
+
+    def _block_sums(self, k_BGSD: Tensor) -> Tensor:
+        """[B, G, N] sum of the keys of each block."""
+        wide = torch.float32 if k_BGSD.element_size() < 4 else k_BGSD.dtype
+        total_BGS = k_BGSD.detach().sum(-1, dtype=wide)
+        return pad(total_BGS, (0, -total_BGS.shape[2] % self.block)).unflatten(2, (-1, self.block)).sum(-1)
+
+    def _refuse_values(self, out_BHTD: Tensor, v_BGSD: Tensor, layer: int) -> None:
+        """A bad value that was attended to shows in what comes out."""
+        if not out_BHTD.detach().sum(dtype=torch.float32 if out_BHTD.element_size() < 4 else out_BHTD.dtype).isfinite():
+            check_finite(v_BGSD, f"values of {self.name} in layer {layer}")
+
     def select(self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor | None = None) -> Selection:
         """Chosen key blocks of causal attention, mask form [B, H, Q, N]."""
         self._refuse(q_BHTD, "queries")
         self._refuse(k_BGSD, "keys")
-        mask = self.choose(q_BHTD, k_BGSD, True)
+        mask = self._chosen(q_BHTD, k_BGSD, v_BGSD, True)
         return Selection(mask.shape[-1], mask.to(q_BHTD.dtype), mask_=mask)
 
     def attend(
         self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, scale: float, causal: bool = True,
-        padding_BS: Tensor | None = None, layer: int = 0,
+        padding_BS: Tensor | None = None, layer: int = 0, cache: Any = None,
     ) -> Tensor:
         """[B, H, T, D]; query t stands at position S - T + t.
 
         Args:
             padding_BS: True at real keys. Blocks are cut over real keys only, so the side of the padding is without
                 effect; padded queries give zeros.
+            layer: number of the layer, for messages and for methods that carry a choice from layer to layer.
+            cache: the layer's cache, where summaries of keys are kept; unused beside padding, whose keys lie elsewhere.
         """
-        for what, x in (("queries", q_BHTD), ("keys", k_BGSD), ("values", v_BGSD)):
-            self._refuse(x, what, f" in layer {layer}")
+        self._refuse_all(q_BHTD, k_BGSD, v_BGSD, layer, None if padding_BS is not None else cache)
         if q_BHTD.shape[1] % k_BGSD.shape[1]:
             raise BadInput(f"{q_BHTD.shape[1]} query heads are no multiple of {k_BGSD.shape[1]} key heads")
+        self._layer, self._row = layer, -1
         if padding_BS is None:
-            return self._attend(q_BHTD, k_BGSD, v_BGSD, scale, causal)
+            self._cache = cache
+            try:
+                out = self._attend(q_BHTD, k_BGSD, v_BGSD, scale, causal)
+                if cache is not None:
+                    self._refuse_values(out, v_BGSD, layer)
+                return out
+            finally:
+                self._cache = None
         out = torch.zeros_like(q_BHTD)
         T, S = q_BHTD.shape[2], k_BGSD.shape[2]
         for b, real_S in enumerate(padding_BS):
             keys = real_S.nonzero()[:, 0]
             queries = real_S[S - T :].nonzero()[:, 0] if causal else torch.arange(T, device=real_S.device)
+            self._row = b
             if len(keys) and len(queries):
                 got = self._attend(q_BHTD[b : b + 1, :, queries], k_BGSD[b : b + 1, :, keys], v_BGSD[b : b + 1, :, keys], scale, causal)
                 out[b, :, queries] = got[0]
@@ -125,23 +201,21 @@ class BlockAttention(Sparse):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
         if not q.numel():
             return torch.zeros_like(q)
-        mask = self.choose(q, k, causal)
         self._shape = (q.shape[1], q.shape[-1], k.shape[2], q.shape[2])
+        rows, unit = self._rows(q.shape[2]), scale * q.shape[-1] ** 0.5
+        mask = self._chosen(q if abs(unit - 1) < 1e-12 else q * unit, k, v, causal)
         self._count(mask, q.shape[2], k.shape[2], causal)
-        rows = self._rows(q.shape[2])
         return block_attention(q, k, v, mask, block=self.block, query_block=rows, scale=scale, causal=causal, allowed=self.allowed())
 
     @torch.no_grad()
     def _count(self, mask_BHQN: Tensor, T: int, S: int, causal: bool) -> None:
         """Add to the kept and the visible (query, key) pairs."""
-        rows = self._rows(T)
-        at_T = torch.arange(S - T, S, device=mask_BHQN.device)
-        last_T = at_T if causal else torch.full_like(at_T, S - 1)
-        start_N = torch.arange(mask_BHQN.shape[-1], device=mask_BHQN.device) * self.block
-        pairs_TN = (last_T[:, None] + 1 - start_N).clamp(0, self.block).double()
-        pairs_TN = pairs_TN.minimum((S - start_N).clamp_max(self.block).double())
-        pairs_QN = torch.zeros(mask_BHQN.shape[2:], dtype=torch.float64, device=mask_BHQN.device)
-        pairs_QN.index_add_(0, at_T // rows - (S - T) // rows, pairs_TN)
+        if T == 1:                                             # every block is whole but the last
+            short, heads = mask_BHQN.shape[-1] * self.block - S, mask_BHQN.shape[0] * mask_BHQN.shape[1]
+            self._kept += float(mask_BHQN.sum()) * self.block - float(mask_BHQN[..., -1].sum()) * short
+            self._seen += float(S * heads)
+            return
+        pairs_QN = BlockMask(mask_BHQN, None, None, self.block, self._rows(T)).visible(T, S, causal)
         self._kept += float((mask_BHQN * pairs_QN).sum())
         self._seen += float(pairs_QN.sum()) * mask_BHQN.shape[0] * mask_BHQN.shape[1]
 
@@ -159,7 +233,7 @@ class BlockAttention(Sparse):
         """Dense scores, unchosen pairs at minus infinity."""
         if not q_BHTD.numel():
             return torch.zeros_like(q_BHTD)
-        mask = self.choose(q_BHTD, k_BGSD, True)
+        mask = self._chosen(q_BHTD, k_BGSD, v_BGSD, True)
         return block_attention_reference(
             q_BHTD, k_BGSD, v_BGSD, mask, block=self.block, query_block=self._rows(q_BHTD.shape[2]),
             scale=q_BHTD.shape[-1] ** -0.5, allowed=self.allowed(),
@@ -185,3 +259,16 @@ class BlockAttention(Sparse):
         """Per query of dense causal attention at the same context."""
         H, D, S = self._dims()
         return Cost(4 * H * D * S, 8 * H * D * S)
+
+
+class TokenAttention(BlockAttention):
+    """softmax attention over single keys chosen query by query: blocks of one.
+
+    Args:
+        budget: fraction of the keys that a query can see.
+    """
+
+    unit = "key"
+
+    def __init__(self, budget: float = 0.25) -> None:
+        super().__init__(budget, 1, 1)

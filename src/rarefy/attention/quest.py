@@ -10,19 +10,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from ..kernels.block_attention import available, blocks_of, page_scores
+from ..kernels.block_attention import available, blocks_of, page_meta, page_scores
 from .block import BlockAttention
+from .dynamic.scores import bounds, largest, per_head
 
-
-def page_bounds(k_BGSD: Tensor, page: int) -> tuple[Tensor, Tensor]:
-    """(minimum, maximum) [B, G, N, D] of the keys of each page; the last page may be short."""
-    S = k_BGSD.shape[2]
-    short = -S % page
-    low = pad(k_BGSD, (0, 0, 0, short), value=torch.inf).unflatten(2, (-1, page)).amin(3)
-    high = pad(k_BGSD, (0, 0, 0, short), value=-torch.inf).unflatten(2, (-1, page)).amax(3)
-    return low, high
+STRIP = 1024
+"""Queries whose bounds are worked out at once in prefill."""
 
 
 class Quest(BlockAttention):
@@ -33,22 +27,36 @@ class Quest(BlockAttention):
     """
 
     name = "attention/quest"
+    wants = ("cache",)
+
+    def describe(self, k_BGSD: Tensor) -> Tensor:
+        """[B, G, N, 2 D] maximum, then minimum, of each page's keys: what `page_scores` reads as it lies."""
+        return page_meta(k_BGSD, self.block)
 
     def scores(self, q_BHTD: Tensor, k_BGSD: Tensor, rows: int, causal: bool) -> Tensor:
-        """sum_d max(q_d m_d, q_d M_d); in prefill as two products: relu(q) . M - relu(-q) . m."""
-        if q_BHTD.shape[2] == 1 and available(q_BHTD, k_BGSD):
-            return page_scores(q_BHTD, k_BGSD, self.block)
-        low, high = page_bounds(k_BGSD, self.block)
-        share = q_BHTD.shape[1] // k_BGSD.shape[1]
-        low, high = low.repeat_interleave(share, 1), high.repeat_interleave(share, 1)
-        bound_BHTN = q_BHTD.clamp_min(0) @ high.mT - (-q_BHTD).clamp_min(0) @ low.mT
-        if rows == 1:
-            return bound_BHTN
-        T, S = q_BHTD.shape[2], k_BGSD.shape[2]
-        Q, _ = blocks_of(T, S, self.block, rows)
-        lead = (S - T) % rows
-        padded = pad(bound_BHTN, (0, 0, lead, Q * rows - lead - T), value=-torch.inf)
-        return padded.unflatten(2, (Q, rows)).amax(3)
+        """sum_d max(q_d m_d, q_d M_d)."""
+        meta_BGNE = self.summary(k_BGSD)
+        if q_BHTD.shape[2] == 1 and available(q_BHTD, meta_BGNE):
+            return page_scores(q_BHTD, k_BGSD, self.block, meta_BGNE)
+        if rows > 1:
+            return self._strips(q_BHTD, meta_BGNE, k_BGSD.shape[2], rows, causal)
+        high, low = meta_BGNE.chunk(2, -1)
+        return bounds(q_BHTD, low, high)
+
+    def _strips(self, q_BHTD: Tensor, meta_BGNE: Tensor, S: int, rows: int, causal: bool) -> Tensor:
+        """The same, some query blocks at a time: bounds of all queries need not lie in memory at once, nor those of later pages be made."""
+        B, H, T, _ = q_BHTD.shape
+        Q, N = blocks_of(T, S, self.block, rows)
+        meta_BHEN = per_head(meta_BGNE, H).mT
+        out_BHQN, strip = q_BHTD.new_full((B, H, Q, N), -torch.inf), max(1, STRIP // rows)
+        for first in range(0, Q, strip):
+            start, stop = (min(T, max(0, at * rows - (S - T) % rows)) for at in (first, first + strip))
+            end = S - T + stop
+            seen = -(-end // self.block) if causal else N
+            q = q_BHTD[:, :, start:stop]
+            bound_BHTN = torch.cat([q.clamp_min(0), q.clamp_max(0)], -1) @ meta_BHEN[..., :seen]
+            out_BHQN[:, :, first : first + strip, :seen] = largest(bound_BHTN, end, rows)
+        return out_BHQN
 
     def selection_flops(self, heads: int, width: int, keys: float) -> float:
         """Two products with the bounds of keys / block pages."""

@@ -1,0 +1,80 @@
+"""SpargeAttn (Zhang et al. 2025, arXiv 2502.18137): pooled products decide, but only where a block's tokens are alike.
+
+Blocks of queries and keys are averaged; a block whose tokens point different ways is no mean of them, and is never passed over (sec. 3.3).
+Of the others, each query block keeps the fewest key blocks that hold a share of the softmax of pooled products. A second stage passes over
+blocks far below the running maximum (sec. 3.4). The paper's 8-bit products are left out.
+
+Shape letters as in scores.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ...errors import BadInput
+from ...method import not_negative
+from .blasst import block_maxima, gaps, smallest
+from .rules import TopP
+from .scores import key_blocks, key_means, per_head, query_rows
+
+
+def likeness(x_ND: Tensor, there_N1: Tensor) -> Tensor:
+    """[...] mean cosine of all pairs of rows of [..., M, D] that are there, themselves included."""
+    unit = normalize(x_ND, dim=-1) * there_N1
+    return unit.sum(-2).square().sum(-1) / there_N1.sum((-2, -1)).clamp_min(1).square()
+
+
+class SpargeAttention(TopP):
+    """Key blocks by top-p of pooled attention, with the guard of self-similarity.
+
+    Args:
+        budget: mean fraction of visible blocks, met by fitting the share, unless `dial` sets it.
+        dial: the share of pooled attention kept (tau), in (0, 1), or 0.
+        theta: mean cosine below which a block is never passed over, in [-1, 1]; 0 or less guards nothing, as a mean cosine with itself is above 0.
+        skip: a kept block is passed over after all if its logits lie this far below the running maximum (-lambda); 0 never does.
+    """
+
+    name = "attention/sparge"
+
+    def __init__(
+        self, budget: float = 0.25, block: int = 16, query_block: int = 1, dial: float = 0.0, theta: float = 0.0, skip: float = 0.0,
+    ) -> None:
+        super().__init__(budget, block, query_block, dial)
+        if not -1 <= theta <= 1:
+            raise BadInput(f"theta={theta!r} must be in [-1, 1]: a cosine")
+        self.theta, self.skip = float(theta), not_negative("skip", skip)
+
+    def pooled(self, q_BHTD: Tensor, S: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Mean query [B, H, Q, D] of each query block, and which of them are alike [B, H, Q]."""
+        if rows == 1:
+            return q_BHTD, torch.ones(q_BHTD.shape[:3], dtype=torch.bool, device=q_BHTD.device)
+        held = query_rows(q_BHTD, S, rows, 0.0)
+        there = query_rows(torch.ones_like(q_BHTD[..., :1]), S, rows, 0.0)
+        return held.sum(3) / there.sum(3), likeness(held, there) >= self.theta
+
+    def scores(self, q_BHTD: Tensor, k_BGSD: Tensor, rows: int, causal: bool) -> Tensor:
+        """Products of means / sqrt(D)."""
+        mean_BHQD, _ = self.pooled(q_BHTD, k_BGSD.shape[2], rows)
+        return mean_BHQD @ per_head(key_means(k_BGSD, self.block), q_BHTD.shape[1]).mT * q_BHTD.shape[-1] ** -0.5
+
+    def reached(self, q_BHTD: Tensor, k_BGSD: Tensor, rows: int, causal: bool) -> tuple[Tensor, Tensor]:
+        """As top-p, with unlike blocks at -inf; pooled attention is of the blocks that are alike, a query's own among them and first."""
+        H, S = q_BHTD.shape[1], k_BGSD.shape[2]
+        there = key_blocks(torch.ones_like(k_BGSD[..., :1]), self.block)
+        unlike_BHN = per_head(likeness(key_blocks(k_BGSD, self.block), there) < self.theta, H)
+        _, alike_BHQ = self.pooled(q_BHTD, S, rows)
+        raw = self.scores(q_BHTD, k_BGSD, rows, causal)
+        score, _ = self.bounded(raw, q_BHTD.shape[2], S, rows, causal)
+        seen, own = score > -torch.inf, score == torch.inf
+        guarded = (unlike_BHN[:, :, None] | ~alike_BHQ[..., None]) & seen
+        level = self.levels(raw.masked_fill(guarded | ~seen, -torch.inf), own & ~guarded).masked_fill(own | guarded, -torch.inf)
+        if self.skip:
+            gap = smallest(gaps(block_maxima(q_BHTD, k_BGSD, self.block, causal)), S, rows)
+            level = level.masked_fill((gap > self.skip) & (score < torch.inf), torch.inf)
+        return level, seen
+
+    def selection_flops(self, heads: int, width: int, keys: float) -> float:
+        """A product a block of queries and keys, and the likeness of every key."""
+        return 2 * heads * width * keys / self.block / self.query_block + 4 * heads * width
