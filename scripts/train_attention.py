@@ -27,6 +27,9 @@ OWN = {
     "window": {"budget": 0.25, "block": 16},
     "random": {"budget": 0.25, "block": 16},
     "routing": {"window": 32},
+    "shared_diff": {},
+    "nosa": {"budget": 0.25, "block": 16, "pool": 8, "local": 1},
+    "llsa": {"top": 4, "block": 8, "shared": False, "coarse": "rest"},
 }
 """Settings of each method: about a quarter of the pairs of a 256-token context."""
 

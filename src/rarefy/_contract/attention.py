@@ -261,7 +261,8 @@ NOTES: dict[str, Notes] = {
         arguments={**_SIZES, "parts": 4, "words": 3}, slack=0.03, bad=(*_TRAINED_BAD, ({"parts": 3}, "parts"), ({"words": 0}, "words")),
     ),
     "attention/dsv": Notes(
-        arguments={**_SIZES, "rank": 3}, slack=0.03, bad=(*_TRAINED_BAD, ({"rank": 0}, "rank"), ({"rank": 21}, "rank"), ({"dense_heads": "9"}, "dense_heads")),
+        arguments={**_SIZES, "rank": 3}, slack=0.03,
+        bad=(*_TRAINED_BAD, ({"rank": 0}, "rank"), ({"rank": 21}, "rank"), ({"dense_heads": "9"}, "dense_heads")),
     ),
     "attention/flux": Notes(
         arguments={**_SIZES, "hidden": 24, "window": 5, "sinks": 2}, inputs=with_hidden, takes_budget=False, budgets=(1.0,), dense=None,

@@ -15,8 +15,9 @@ from torch.nn.functional import pad
 from ..cost import Cost
 from ..errors import BadInput
 from ..kernels.block_attention import Allowed, BlockMask, block_attention, block_attention_reference, blocks_of, top_pages
-from ..method import Sparse, fraction, positive
+from ..method import fraction, positive
 from ..selection import Selection, check_finite
+from .counted import Counted
 
 
 def highest(score: Tensor, keep: Tensor) -> Tensor:
@@ -29,7 +30,7 @@ def highest(score: Tensor, keep: Tensor) -> Tensor:
     return above | level & (level.cumsum(-1) <= keep - above.sum(-1, keepdim=True))
 
 
-class BlockAttention(Sparse):
+class BlockAttention(Counted):
     """softmax attention over chosen key blocks.
 
     A query at position p sees p + 1 keys in n = p // block + 1 blocks; of these max(1, round(budget * n)) are kept,
@@ -52,8 +53,6 @@ class BlockAttention(Sparse):
         super().__init__()
         self._budget = fraction("budget", budget)
         self.block, self.query_block = positive("block", block), positive("query_block", query_block)
-        self._kept = self._seen = 0.0
-        self._shape: tuple[int, int, int, int] | None = None
         self._cache: Any = None
         self._row, self._layer = -1, 0
 
@@ -219,12 +218,6 @@ class BlockAttention(Sparse):
         self._kept += float((mask_BHQN * pairs_QN).sum())
         self._seen += float(pairs_QN.sum()) * mask_BHQN.shape[0] * mask_BHQN.shape[1]
 
-    def measured_density(self) -> float:
-        """Pairs kept of pairs visible, over every call since this was last asked; 1 if there was none."""
-        kept, seen = self._kept, self._seen
-        self._kept = self._seen = 0.0
-        return kept / seen if seen else 1.0
-
     def forward(self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
         """Causal attention with scale 1 / sqrt(D)."""
         return self.attend(q_BHTD, k_BGSD, v_BGSD, scale=q_BHTD.shape[-1] ** -0.5)
@@ -239,26 +232,16 @@ class BlockAttention(Sparse):
             scale=q_BHTD.shape[-1] ** -0.5, allowed=self.allowed(),
         )
 
-    def _dims(self) -> tuple[int, int, float]:
-        if self._shape is None:
-            raise BadInput(f"{self.name}: the cost depends on heads and context; run it once, then ask")
-        H, D, S, T = self._shape
-        return H, D, S - (T - 1) / 2
-
     def selection_flops(self, heads: int, width: int, keys: float) -> float:
         """Work of choosing, a query."""
         return 0.0
 
     def cost(self, density: float | None = None) -> Cost:
         """Per query at the context of the last call, all heads, choosing included; bytes are keys and values in float32."""
-        H, D, S = self._dims()
+        H, D, S = self.dims()
         density = self._budget if density is None else density
         return Cost(4 * H * D * S * density + self.selection_flops(H, D, S), 8 * H * D * S * density)
 
-    def dense_cost(self) -> Cost:
-        """Per query of dense causal attention at the same context."""
-        H, D, S = self._dims()
-        return Cost(4 * H * D * S, 8 * H * D * S)
 
 
 class TokenAttention(BlockAttention):

@@ -21,4 +21,8 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("attention/llsa", "attention.trained.llsa:LLSA", "key block", "Trainable Log-linear Sparse Attention for Efficient Diffusion Transformers", 2025, "none", "softmax attention", "https://arxiv.org/abs/2512.16615"),
     Entry("attention/nosa", "attention.trained.nosa:NOSA", "key block", "NOSA: Native and Offloadable Sparse Attention", 2025, "trained", "softmax attention", "https://arxiv.org/abs/2510.13602"),
     Entry("attention/biformer", "attention.trained.biformer:BiFormer", "key block", "BiFormer: Vision Transformer with Bi-Level Routing Attention", 2023, "trained", "softmax attention", "https://arxiv.org/abs/2303.08810"),
+    Entry("attention/sparsifiner", "attention.trained.sparsifiner:Sparsifiner", "key", "Sparsifiner: Learning Sparse Instance-Dependent Attention for Efficient Vision Transformers", 2023, "trained", "softmax attention", "https://arxiv.org/abs/2303.13755"),
+    Entry("attention/spt", "attention.trained.spt:SPT", "key", "SPT: Fine-Tuning Transformer-based Language Models Efficiently with Sparsification", 2023, "trained", "softmax attention", "https://arxiv.org/abs/2312.10365"),
+    Entry("attention/dsv", "attention.trained.dsv:DSV", "key", "DSV: Exploiting Dynamic Sparsity to Accelerate Large-Scale Video DiT Training", 2025, "trained", "softmax attention", "https://arxiv.org/abs/2502.07590"),
+    Entry("attention/flux", "attention.trained.flux:Flux", "key", "Flux Attention: Context-Aware Hybrid Attention for Efficient LLMs Inference", 2026, "trained", "softmax attention", "https://arxiv.org/abs/2604.07394"),
 )

@@ -13,22 +13,20 @@ from torch import Tensor
 
 from ...cost import Cost
 from ...errors import BadInput
-from ...method import Sparse
 from ...selection import Selection, check_finite
+from ..counted import Counted
 
 ROWS = 256
 """Queries whose scores are held at once."""
 
 
-class MappedAttention(Sparse):
+class MappedAttention(Counted):
     """map(q k^T * scale) v, with the scores of unseen keys at minus infinity."""
 
     unit = "key"
 
     def __init__(self) -> None:
         super().__init__()
-        self._kept = self._seen = 0.0
-        self._shape: tuple[int, int, int, int] | None = None
 
     @property
     def budget(self) -> float:
@@ -123,25 +121,8 @@ class MappedAttention(Sparse):
         weight = self.naive(score, self._seen_of(S, T, True, None, score.device))
         return self.after(weight.to(v_BGSD.dtype) @ v_BGSD.repeat_interleave(q_BHTD.shape[1] // k_BGSD.shape[1], 1))
 
-    def measured_density(self) -> float:
-        """Weights other than zero of pairs visible, over every call since this was last asked; 1 if there was none."""
-        kept, seen = self._kept, self._seen
-        self._kept = self._seen = 0.0
-        return kept / seen if seen else 1.0
-
-    def _dims(self) -> tuple[int, int, float]:
-        if self._shape is None:
-            raise BadInput(f"{self.name}: the cost depends on heads and context; run it once, then ask")
-        H, D, S, T = self._shape
-        return H, D, S - (T - 1) / 2
-
     def cost(self, density: float | None = None) -> Cost:
         """Per query at the context of the last call: every score, and the values of weight; bytes in float32."""
-        H, D, S = self._dims()
+        H, D, S = self.dims()
         density = 1.0 if density is None else density
         return Cost(2 * H * D * S * (1 + density), 4 * H * D * S * (1 + density))
-
-    def dense_cost(self) -> Cost:
-        """Per query of softmax attention at the same context."""
-        H, D, S = self._dims()
-        return Cost(4 * H * D * S, 8 * H * D * S)

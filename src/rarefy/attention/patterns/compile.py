@@ -50,7 +50,7 @@ class _Frame(NamedTuple):
     causal: bool
 
 
-@torch.compiler.disable
+@torch.compiler.disable()  # numpy inside; a mask is data, not a part of the graph
 def compiled(
     pattern: Pattern, T: int, S: int, *, block: int, query_block: int, causal: bool, heads: int = 1, layer: int = 0,
     tables: Mapping[str, Tensor] | None = None,

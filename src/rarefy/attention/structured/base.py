@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ...cost import Cost
 from ...errors import BadInput
-from ...method import Sparse
 from ...selection import Selection, check_finite
+from ..counted import Counted
 
 
 def per_head(x_BGSD: Tensor, heads: int) -> Tensor:
@@ -26,15 +26,13 @@ def places(T: int, S: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.arange(S - T, S, device=device)[:, None], torch.arange(S, device=device)
 
 
-class Structured(Sparse):
+class Structured(Counted):
     """Attention by `mix`; its definition is `weights` @ values."""
 
     unit = "key"
 
     def __init__(self) -> None:
         super().__init__()
-        self._kept = self._seen = 0.0
-        self._shape: tuple[int, int, int, int] | None = None
 
     @property
     def budget(self) -> float:
@@ -95,12 +93,6 @@ class Structured(Sparse):
         self._seen += B * H * (T * S - T * (T - 1) / 2 if causal else T * S)
         return self.mix(q, k, v, scale, causal)
 
-    def measured_density(self) -> float:
-        """Logits formed of pairs visible, over every call since this was last asked; 1 if there was none."""
-        kept, seen = self._kept, self._seen
-        self._kept = self._seen = 0.0
-        return kept / seen if seen else 1.0
-
     def select(self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor | None = None) -> Selection:
         """Keys of causal attention with a weight other than zero, [B, H, T, S]."""
         self._refuse(None, queries=q_BHTD, keys=k_BGSD, values=k_BGSD if v_BGSD is None else v_BGSD)
@@ -117,21 +109,10 @@ class Structured(Sparse):
             return torch.zeros_like(q_BHTD)
         return self.weights(q_BHTD, k_BGSD, q_BHTD.shape[-1] ** -0.5, True).to(v_BGSD.dtype) @ per_head(v_BGSD, q_BHTD.shape[1])
 
-    def _dims(self) -> tuple[int, int, float]:
-        if self._shape is None:
-            raise BadInput(f"{self.name}: the cost depends on heads and context; run it once, then ask")
-        H, D, S, T = self._shape
-        return H, D, S - (T - 1) / 2
-
     def cost(self, density: float | None = None) -> Cost:
         """Per query at the context of the last call, all heads; by default at the structure's own density there. Bytes in float32."""
-        H, D, S = self._dims()
+        H, D, S = self.dims()
         if density is None:
             _, _, keys, T = self._shape or (0, 0, 0, 1)
             density = self.worked(T, keys, True) / (T * S)
         return Cost(4 * H * D * S * density, 8 * H * D * S * density)
-
-    def dense_cost(self) -> Cost:
-        """Per query of dense causal attention at the same context."""
-        H, D, S = self._dims()
-        return Cost(4 * H * D * S, 8 * H * D * S)

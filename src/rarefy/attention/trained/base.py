@@ -30,6 +30,7 @@ from ...errors import BadInput, Unsupported
 from ...kernels.block_attention import block_attention, blocks_of
 from ...method import Loss, Sparse, positive
 from ...selection import Selection, check_finite
+from ..counted import Counted
 
 SIZES = ("hidden", "heads", "key_heads", "d_head", "layer")
 """Constructor arguments that `for_module` fills in."""
@@ -110,7 +111,7 @@ class Made(Sparse):
         raise Unsupported(f"{self.name} has no dense map to be distilled from; train it with rarefy.attention.trained.Trained(plan, model)")
 
 
-class PairAttention(Made):
+class PairAttention(Made, Counted):
     """Attention over chosen (query, key) pairs: write `mix` (sparse) and `naive` (dense and masked), both given `choice`'s mask."""
 
     unit = "key"
@@ -118,8 +119,6 @@ class PairAttention(Made):
 
     def __init__(self) -> None:
         super().__init__()
-        self._kept = self._seen = 0.0
-        self._shape: tuple[int, int, int, int] | None = None
 
     @property
     def budget(self) -> float:
@@ -184,12 +183,6 @@ class PairAttention(Made):
         self._kept += float(mask.sum())
         self._seen += mask.shape[0] * mask.shape[1] * (T * S - T * (T - 1) / 2 if causal else T * S)
 
-    def measured_density(self) -> float:
-        """Pairs kept of pairs visible, over every call since this was last asked; 1 if there was none."""
-        kept, seen = self._kept, self._seen
-        self._kept = self._seen = 0.0
-        return kept / seen if seen else 1.0
-
     def select(self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, hidden_BTD: Tensor | None = None) -> Selection:
         """Pairs of causal attention, mask form [B, H, T, S]."""
         self._refuse(queries=q_BHTD, keys=k_BGSD, values=v_BGSD, hidden=hidden_BTD)
@@ -208,13 +201,6 @@ class PairAttention(Made):
         mask = self.choice(q_BHTD, k_BGSD, v_BGSD, hidden_BTD, scale, True)
         return self.naive(mask, q_BHTD, k_BGSD, v_BGSD, hidden_BTD, scale, True)
 
-    def dims(self) -> tuple[int, int, float]:
-        """(H, D, keys a query sees on average) of the last call. BadInput before the first."""
-        if self._shape is None:
-            raise BadInput(f"{self.name}: the cost depends on heads and context; run it once, then ask")
-        H, D, S, T = self._shape
-        return H, D, S - (T - 1) / 2
-
     def own_flops(self, heads: int, width: int, keys: float) -> float:
         """Work of choosing and gating, a query."""
         return 0.0
@@ -225,10 +211,6 @@ class PairAttention(Made):
         density = self.budget if density is None else density
         return Cost(4 * H * D * S * density + self.own_flops(H, D, S), 8 * H * D * S * density)
 
-    def dense_cost(self) -> Cost:
-        """Per query of dense causal attention at the same context."""
-        H, D, S = self.dims()
-        return Cost(4 * H * D * S, 8 * H * D * S)
 
 
 def masked_softmax(q_BHTD: Tensor, k_BGSD: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -38,12 +38,14 @@ class BiFormer(PairAttention):
     unit = "key block"
 
     def __init__(
-        self, heads: int, key_heads: int, d_head: int, budget: float = 0.25, regions: int = 7, top: int = 0, width: int = 0, local: int = 5, seed: int = 0,
+        self, heads: int, key_heads: int, d_head: int, budget: float = 0.25, regions: int = 7, top: int = 0, width: int = 0, local: int = 5,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         draw = self.sized(heads, key_heads, d_head, seed)
         self._budget, self.regions = fraction("budget", budget), positive("regions", regions)
-        self.top, self.width = top if top == 0 and type(top) is int else positive("top", top), width if width == 0 and type(width) is int else positive("width", width)
+        self.top = top if top == 0 and type(top) is int else positive("top", top)
+        self.width = width if width == 0 and type(width) is int else positive("width", width)
         if type(local) is not int or local < 0 or local and local % 2 == 0:
             raise BadInput(f"local={local!r} must be an odd number, or 0 for no convolution")
         self.local = local

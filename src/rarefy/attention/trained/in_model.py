@@ -169,9 +169,11 @@ class Trained(_InModel):
         return {**super().arguments, "train_model": self.train_model}
 
     def loss(self, x: Tensor, y: Tensor) -> Loss:
-        """Next-token cross entropy (nats a token) of windows [B, T]."""
+        """Next-token cross entropy (nats a token) of windows [B, T], and the mean of the methods' own penalties where they have any."""
         ids = self.windows(x)
         with contextlib.nullcontext() if self.train_model else _frozen(self._held[0]), replaced(self._held[0], self.plan):
             logits = _through(self._held[0], ids).logits
         ce = cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().to(logits.device))
-        return Loss(ce, {"ce": ce})
+        extra = [m.penalty() for m in self.plan.values() if hasattr(m, "penalty")]           # what a method charges for its last call
+        parts = {"ce": ce} | {name: torch.stack([one.parts[name] for one in extra]).mean() for name in (extra[0].parts if extra else ())}
+        return Loss(ce + torch.stack([one.total for one in extra]).mean() if extra else ce, parts)

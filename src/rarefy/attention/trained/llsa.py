@@ -36,6 +36,7 @@ class LLSA(PairAttention):
 
     name = "attention/llsa"
     unit = "key block"
+    fitted = "none"
 
     def __init__(self, top: int = 8, block: int = 16, levels: int = 2, shared: bool = True, coarse: str = "all") -> None:
         super().__init__()
@@ -102,7 +103,8 @@ class LLSA(PairAttention):
     def counts(self, S: int, like: Tensor) -> Tensor:
         """[X] tokens that each stands for."""
         sizes = [self.block**n for n in range(self.levels + 1)]
-        return torch.cat([(S - torch.arange(0, S, n, device=like.device)).clamp_max(n) for n in sizes]).to(torch.promote_types(like.dtype, torch.float32))
+        count = torch.cat([(S - torch.arange(0, S, n, device=like.device)).clamp_max(n) for n in sizes])
+        return count.to(torch.promote_types(like.dtype, torch.float32))
 
     def mix(self, mask: Tensor, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, causal: bool) -> Tensor:
         """The listed keys only."""

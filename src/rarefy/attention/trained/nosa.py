@@ -42,7 +42,8 @@ class NOSA(PairAttention):
     ) -> None:
         super().__init__()
         draw = self.sized(heads, key_heads, d_head, seed)
-        self._budget, self.block, self.pool, self.local = fraction("budget", budget), positive("block", block), positive("pool", pool), positive("local", local)
+        self._budget, self.local = fraction("budget", budget), positive("local", local)
+        self.block, self.pool = positive("block", block), positive("pool", pool)
         if block % pool:
             raise BadInput(f"pool={pool} must divide block={block}")
         if isinstance(steady, bool) or not isinstance(steady, int | float) or not 0 <= steady < 1:
@@ -105,8 +106,8 @@ class NOSA(PairAttention):
         """From whole score matrices."""
         T, S, share = q.shape[2], k.shape[2], self.heads // self.key_heads
         keep = BlockMask(mask, None, None, self.block, 1).pairs(T, S, causal)
-        score = (q @ k.repeat_interleave(share, 1).mT * scale + self.importance(v).repeat_interleave(share, 1)[:, :, None]).masked_fill(~keep, -torch.inf)
-        return score.softmax(-1) @ v.repeat_interleave(share, 1)
+        score = q @ k.repeat_interleave(share, 1).mT * scale + self.importance(v).repeat_interleave(share, 1)[:, :, None]
+        return score.masked_fill(~keep, -torch.inf).softmax(-1) @ v.repeat_interleave(share, 1)
 
     @torch.no_grad()
     def moved(self, mask: Tensor) -> Tensor:

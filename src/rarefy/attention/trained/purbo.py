@@ -44,7 +44,7 @@ class Purbo(PairAttention):
         draw = self.sized(heads, key_heads, d_head, seed)
         self.p, self.d_index = fraction("p", p), positive("d_index", d_index)
         self.window, self.sinks = positive("window", window), positive("sinks", sinks)
-        far = _numbers(retrieval, heads)
+        far = head_numbers("retrieval", retrieval, heads)
         self.register_buffer("far_X", torch.tensor(far, dtype=torch.long), persistent=False)
         self.register_buffer("near_Y", torch.tensor([h for h in range(heads) if h not in far], dtype=torch.long), persistent=False)
         self.far_X: Tensor
@@ -109,11 +109,11 @@ class Purbo(PairAttention):
         return far * (4 * width * self.d_index + 2 * self.d_index * keys)
 
 
-def _numbers(text: str, heads: int) -> list[int]:
-    """Head numbers that the argument names."""
+def head_numbers(name: str, text: str, heads: int) -> list[int]:
+    """Heads that an argument names. BadInput for another text."""
     if text in ("all", "none"):
         return list(range(heads)) if text == "all" else []
     parts = [part.strip() for part in text.split(",")] if isinstance(text, str) else [""]
     if not all(part.isdigit() and int(part) < heads for part in parts):
-        raise BadInput(f'retrieval={text!r} must be "all", "none" or head numbers in 0..{heads - 1} with commas between, such as "0, 3"')
+        raise BadInput(f'{name}={text!r} must be "all", "none" or head numbers in 0..{heads - 1} with commas between, such as "0, 3"')
     return sorted({int(part) for part in parts})

@@ -12,7 +12,6 @@ Shape letters as in diff.py; R = rank, I = the two maps.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
