@@ -24,10 +24,16 @@ def between(text: str, name: str, inside: str) -> str:
 
 
 FAMILIES = {
-    "latents": ("Dictionaries", "[a page each](docs/latents/)"), "coding": ("Sparse coding", "[coding](docs/coding.md)"),
-    "weights": ("Weights", ""), "neurons": ("Neurons", ""), "attention": ("Attention", "[static](docs/patterns.md), "
-    "[dynamic](docs/dynamic-attention.md), [trained](docs/trained-attention.md)"), "patterns": ("Attention patterns", "[gallery](docs/patterns.md)"),
-    "cache": ("KV cache", "[policies](docs/kv-cache.md)"), "maps": ("Maps to probabilities", ""),
+    "latents": ("Dictionaries", "[a page each](docs/latents/)"),
+    "coding": ("Sparse coding", "[coding](docs/coding.md)"),
+    "weights": ("Weights", ""),
+    "neurons": ("Neurons", ""),
+    "attention": (
+        "Attention", "[static](docs/patterns.md), [dynamic](docs/dynamic-attention.md), [trained](docs/trained-attention.md), "
+        "[structured](docs/structured-attention.md)"),
+    "patterns": ("Attention patterns", "[gallery](docs/patterns.md)"),
+    "cache": ("KV cache", "[policies](docs/kv-cache.md)"),
+    "maps": ("Maps to probabilities", "[maps](docs/maps.md)"),
     "tasks": ("Tasks and evaluations", "[suite](docs/attention-suite.md)"),
 }
 

@@ -150,3 +150,24 @@ def test_losses():
     torch.testing.assert_close(maps.entmax_loss(z, y), peer.entmax15_loss(z, y))
     with pytest.raises(rarefy.BadInput, match="0..9|classes"):
         maps.entmax_loss(z, y + 5)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.0005, 1.3, 1.5, 2.0, 3.0])
+def test_the_path_of_other_devices_gives_the_same(alpha, monkeypatch):
+    """Compiled rows on the CPU, plain torch elsewhere."""
+    import rarefy.maps.entmax as module
+
+    z, weight = rows(4, 600, scale=1.5), rows(4, 600, seed=1)
+    z[1, 300:] = -torch.inf
+    z[2] = -torch.inf
+    a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
+    compiled = maps.entmax(a, alpha)
+    (compiled * weight).sum().backward()
+    monkeypatch.setattr(module, "available", lambda x: False)
+    torch.testing.assert_close(maps.entmax(z, alpha), compiled, rtol=1e-9, atol=1e-12)
+    (maps.entmax(b, alpha) * weight).sum().backward()
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-11)
+    single = z.float()
+    here = maps.entmax(single, alpha)
+    monkeypatch.undo()
+    torch.testing.assert_close(maps.entmax(single, alpha), here, rtol=1e-4, atol=1e-6)

@@ -18,15 +18,11 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from .rows import closed, highest, opened
+from .entmax_rows import available, entmax_rows
+from .rows import NEAR_ONE, STEPS, closed, highest, opened
 
-NEAR_ONE = 1e-6
-"""alpha - 1 below which exp_a is exp to float64's precision for the scores that matter."""
 FEW = 128
 """Scores of a row below which all are looked at."""
-STEPS = 100
-"""Far more than are taken: Newton's steps end after five to twelve, halving alone would need sixty."""
-
 
 def _tsallis(u: Tensor, e: Tensor) -> Tensor:
     """exp_a(u) with e = a - 1 >= 0."""
@@ -52,7 +48,10 @@ def _solve(z: Tensor, e: Tensor) -> Tensor:
         slope = torch.where(p > 0, p ** (1 - e), 0).sum(-1, keepdim=True)         # -d total / dv
         step = v + total.log() * total / slope.clamp_min(1e-30)
         inside = (step > low) & (step < high)
-        v = torch.where(total == 1, v, torch.where(inside, step, (low + high) / 2))
+        moved = torch.where(total == 1, v, torch.where(inside, step, (low + high) / 2))
+        if torch.equal(moved, v):
+            break
+        v = moved
     return v
 
 
@@ -76,16 +75,19 @@ class _Entmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, e: Tensor) -> Tensor:
         top = highest(x)
-        u = x - top - _solve(x - top, e)
-        p = _tsallis(u, e)
-        total = p.sum(-1, keepdim=True)
-        p = p / torch.where(total > 0, total, 1)
-        ctx.save_for_backward(p, u, e)
+        if available(x):
+            p, v = entmax_rows(x, e)
+        else:
+            v = top + _solve(x - top, e)
+            p = _tsallis(x - v, e)
+            total = p.sum(-1, keepdim=True)
+            p = p / torch.where(total > 0, total, 1)
+        ctx.save_for_backward(p, x, v, e)
         return p
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (grad,), (p, u, e) = grads, ctx.saved_tensors
+        (grad,), (p, x, v, e) = grads, ctx.saved_tensors
         s = torch.where(p > 0, p ** (1 - e), 0)                                   # dp_i / du_i
         size = s.sum(-1, keepdim=True)
         share = s / torch.where(size > 0, size, 1)
@@ -94,6 +96,7 @@ class _Entmax(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return by_x, None
         # dp/da at fixed u, then v moves so that the sum stays one; the series is that of log1p(eu) / e at small eu.
+        u = x - v
         eu = (e * u).clamp_min(-1)
         near = eu.abs() < 1e-2
         safe = torch.where(near, torch.ones_like(eu), eu)
@@ -126,7 +129,7 @@ def entmax(scores: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor
     if not bool((e >= 0).all()) or not bool(e.isfinite().all()):
         given = alpha.detach().flatten()[:4].tolist() if isinstance(alpha, Tensor) else alpha
         raise BadInput(f"alpha={given} must be >= 1 and finite (1 is softmax, 2 sparsemax)")
-    index = _candidates(x.detach(), e.detach())
+    index = None if available(x) else _candidates(x.detach(), e.detach())
     if index is None:
         return closed(_Entmax.apply(x, e), scores, dim)  # type: ignore[arg-type]
     held = index.clamp_min(0)

@@ -7,6 +7,11 @@ from torch import Tensor
 
 from ..errors import BadInput
 
+NEAR_ONE = 1e-6
+"""alpha - 1 below which exp_a is exp to float64's precision for the scores that matter."""
+STEPS = 100
+"""Of the search for a row's threshold: far more than are taken. Newton's steps end after five to twelve, halving alone would need sixty."""
+
 
 def opened(scores: Tensor, dim: int) -> Tensor:
     """[..., N] with `dim` last, in float32 or float64.

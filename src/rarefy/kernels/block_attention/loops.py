@@ -230,7 +230,7 @@ def mark(start, stop, score_XN, least_X, keep, out_XN):  # type: ignore[no-untyp
             out_XN[x, n] = score_XN[x, n] > least
             count += out_XN[x, n]
         n = 0
-        while count < keep:
+        while count < keep and n < score_XN.shape[1]:                     # a NaN must not lead out of the row
             if score_XN[x, n] == least:
                 out_XN[x, n] = True
                 count += 1
