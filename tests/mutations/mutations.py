@@ -27,7 +27,7 @@ MUTATIONS = {
         "maps/entmax.py", "by_e = (grad * (g - share * g.sum(-1, keepdim=True)))", "by_e = (grad * g)",
         "tests/maps/test_entmax.py -k gradient_in_alpha"),
     "entmax looks at too few scores": Mutation(
-        "maps/entmax.py", "highest(x) - 1 / reach", "highest(x) - 0.5 / reach", "tests/maps/test_entmax.py -k long_rows"),
+        "maps/entmax_rows.py", "top - 1.0 / e if", "top - 0.5 / e if", "tests/maps/test_entmax.py -k long_rows"),
     "entmax slope of softmax": Mutation(
         "maps/entmax.py", "s = torch.where(p > 0, p ** (1 - e), 0)", "s = torch.where(p > 0, p, 0)",
         "tests/maps/test_entmax.py -k gradient_in_scores"),
