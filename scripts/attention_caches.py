@@ -20,9 +20,10 @@ from rarefy.hub import open_model
 from rarefy.tasks.recall import FILLER, KEYS, VALUES
 from rarefy.tasks.turns import turns
 
-POLICIES = ("random", "window", "h2o", "snapkv", "alisa", "pages", "probe", "mustafar", "csr", "shadow", "shared")
+POLICIES = ("random", "window", "h2o", "snapkv", "alisa", "pages", "probe", "mustafar", "csr", "shadow", "shared", "adore", "attamba")
 SETTINGS = {
     "snapkv": {"window": 16}, "pages": {"page": 8}, "mustafar": {"recent": 16}, "csr": {"recent": 16}, "shadow": {"chunk": 8, "outliers": 2},
+    "attamba": {"recent": 16},
 }
 BUDGETS = (0.5, 0.25, 0.1)
 QUESTIONS, BATCH, PROMPT = 6, 24, 384

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rarefy.attention.cache import Policy, make
+from rarefy.attention.cache.controller import Controller
 from rarefy.attention.cache.policy import _Served
 from site_models import inputs
 
@@ -16,6 +17,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "random": {}, "window": {"sinks": 2}, "h2o": {}, "snapkv": {"window": 4, "kernel": 3}, "pages": {"page": 4},
     "mustafar": {"recent": 4}, "csr": {"recent": 4, "atoms": 40, "rounds": 2}, "shadow": {"chunk": 4, "outliers": 1},
     "shared": {}, "alisa": {"local": 3}, "probe": {"block": 4}, "sentinel": {"opening": 61, "closing": 62},
+    "adore": {"states": 4, "steps": 4}, "attamba": {"recent": 4, "sinks": 2, "steps": 3},
 }
 
 
@@ -52,6 +54,16 @@ def drive(
         after(layer)
         start = stop
     return torch.cat(out, 2)
+
+
+def controller(width: int, key_heads: int, states: int) -> Controller:
+    """An unfitted controller, the same each time, whose scores differ much."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        made = Controller(width, key_heads, states).requires_grad_(False)
+        for parameter in made.parameters():
+            parameter.normal_()
+    return made
 
 
 def over(q_D: Tensor, k_MD: Tensor, v_MD: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from caches import SMALL, drive, qkv, small
+from caches import SMALL, controller, drive, qkv, small
 from torch import Tensor, nn
 
 from rarefy import catalogue
@@ -79,6 +79,8 @@ def test_rows_do_not_depend_on_their_batch(name: str) -> None:
             random = torch.Generator().manual_seed(3)
             atoms = torch.nn.functional.normalize(torch.randn(2, 40, 8, generator=random), dim=-1)
             policy.atoms_of = [(atoms[0], atoms[1])]             # type: ignore[attr-defined]
+        if name == "adore":
+            policy.controllers = [controller(8, 2, 4)]           # type: ignore[attr-defined]
         return policy
 
     both = drive(fresh(), q, k, v, cuts, padding)

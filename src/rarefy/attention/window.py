@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from ..kernels.block_attention import Allowed, blocks_of
+from ..kernels.block_attention import Allowed, BlockMask, block_attention, blocks_of
 from ..method import positive
 from .block import BlockAttention
 from .patterns import Pattern, sinks, window
@@ -36,6 +36,7 @@ class WindowSinks(BlockAttention):
         if window < 0:
             raise BadInput(f"window={window} must be >= 0 (0 follows the budget)")
         self.sinks, self.window = sinks, window
+        self._cut: tuple[tuple[int, int, bool, torch.device], BlockMask] | None = None
 
     @property
     def pattern(self) -> Pattern:
@@ -79,6 +80,19 @@ class WindowSinks(BlockAttention):
             change_QN.index_put_((row_T, (stop_T - 1) // self.block + 1), -one_T * (stop_T > start_T), accumulate=True)
         out = change_QN[:, :N].cumsum(1) > 0
         return out.expand(*q_BHTD.shape[:2], Q, N)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+        T, S, rows = q.shape[2], k.shape[2], self._rows(q.shape[2])
+        if rows == 1 or not q.numel():
+            return super()._attend(q, k, v, scale, causal)
+        self._shape = (q.shape[1], q.shape[-1], S, T)
+        key = (T, S, causal, q.device)
+        if self._cut is None or self._cut[0] != key:               # the layers of a pass ask for the same mask
+            blocks = self.choose(q, k, causal)[:1, :1]
+            self._cut = key, BlockMask.of(blocks, self.allowed(), T, S, block=self.block, query_block=rows)
+        mask = self._cut[1]
+        self._count(mask.blocks.expand(*q.shape[:2], -1, -1), T, S, causal)
+        return block_attention(q, k, v, mask, block=self.block, query_block=rows, scale=scale, causal=causal)
 
     def _count(self, mask_BHQN: Tensor, T: int, S: int, causal: bool) -> None:
         every = mask_BHQN.shape[0] * mask_BHQN.shape[1]
