@@ -566,6 +566,12 @@ MUTATIONS = {
         "tests/test_site_attention.py -k cut_through"),
     "a closing token sees more than its span": Mutation(
         "attention/cache/sentinel.py", " & (q_kind != CLOSE)[:, :, None]", "", "tests/attention/test_cache_policies.py -k wrapping"),
+    "the current token may be released": Mutation(
+        "attention/cache/adore.py", "score.masked_fill((place == now_B[:, None])[:, None], torch.inf)", "score",
+        "tests/attention/test_cache_learned.py -k adore_attends"),
+    "a chunk's decay runs the other way": Mutation(
+        "attention/cache/attamba.py", "(-rate_GD[:, None] * back_P[:, None])", "(rate_GD[:, None] * back_P[:, None])",
+        "tests/attention/test_cache_learned.py -k attamba_attends"),
     "llsa sees the mean of the block that a query stands in": Mutation(
         "attention/trained/llsa.py", "torch.where(seen < own_R[:, None], seen, -1)", "torch.where(seen <= own_R[:, None], seen, -1)",
         "tests/attention/test_trained_rest.py -k llsa_and"),
