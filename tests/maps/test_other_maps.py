@@ -142,7 +142,7 @@ def test_cross_features_find_a_planted_product():
     layer, head = CrossFeatures(5, 1, heads=1, crosses=4, alpha=1.7), torch.nn.Linear(4, 1)
     place = torch.nn.Parameter(torch.randn(5, 1))
     optimiser = torch.optim.Adam([*layer.parameters(), *head.parameters(), place], 1e-2)
-    for _ in range(800):
+    for _ in range(1500):
         loss = (head(layer(raw.log()[..., None]).squeeze(-1))[:, 0] - y).square().mean()
         optimiser.zero_grad()
         loss.backward()

@@ -52,6 +52,7 @@ class MInference(Fitted):
     def __init__(self, budget: float = 0.25, last: int = 64, side: int = 16, sinks: int = 4) -> None:
         super().__init__(budget, 1, 1)
         self.last, self.side, self.sinks = positive("last", last), positive("side", side), positive("sinks", sinks)
+        self.lines, self.blocks = VerticalSlash(self._budget, last=last), Pooled(self._budget, side, side)
 
     def shapes(self, H: int, G: int, D: int) -> Mapping[str, tuple[int, ...]]:
         """pattern_H: index into PATTERNS."""
@@ -60,11 +61,11 @@ class MInference(Fitted):
     def pairs(self, q_BHTD: Tensor, k_BGSD: Tensor, causal: bool) -> list[Tensor]:
         """[B, H, T, S] bool of each pattern."""
         T, S = q_BHTD.shape[2], k_BGSD.shape[2]
-        blocks = Pooled(self._budget, self.side, self.side).choose(q_BHTD, k_BGSD, causal)
+        blocks = self.blocks.choose(q_BHTD, k_BGSD, causal)
         rows = 1 if T == 1 else self.side
         return [
             a_shape(T, S, self._budget, self.sinks, causal, q_BHTD.device).expand(*q_BHTD.shape[:2], T, S),
-            VerticalSlash(self._budget, last=self.last).choose(q_BHTD, k_BGSD, causal),
+            self.lines.choose(q_BHTD, k_BGSD, causal),
             blocks_to_pairs(blocks, T, S, self.side, rows, causal),
         ]
 
