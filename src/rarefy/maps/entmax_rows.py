@@ -17,14 +17,10 @@ from .rows import NEAR_ONE, STEPS
 
 
 @cache
-def _kernel() -> Any:
-    try:
-        import numba
-    except ImportError:
-        return None
+def _weigh() -> Any:
     import math
 
-    import numpy as np
+    import numba
 
     @numba.njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})
     def weigh(z, m, e, v, p):  # type: ignore[no-untyped-def]
@@ -56,6 +52,21 @@ def _kernel() -> Any:
                     p[j] = 0.0
                 total += p[j]
         return total, slope
+
+    return weigh
+
+
+@cache
+def _kernel() -> Any:
+    try:
+        import numba
+    except ImportError:
+        return None
+    import math
+
+    import numpy as np
+
+    weigh = _weigh()
 
     @numba.njit(cache=True, nogil=True)
     def run(x, alphas, out, vs):  # type: ignore[no-untyped-def]
