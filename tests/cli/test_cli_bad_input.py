@@ -87,6 +87,7 @@ def untouched(folder: Path, call: Callable[[], Answer]) -> Answer:
     ("latents/topk", {"set": "aux_alpha=-1"}, ["aux_alpha=-1"]),
     ("latents/topk", {"set": 'aux_k={"a": 1}'}, ["--set aux_k", "dict"]),
     ("latents/topk", {"data": "nowhere"}, ["'nowhere'", "no such file or folder", "stdlib"]),
+    ("attention/nsa", {"k": None}, ["attention/nsa has to be trained inside its model", "rarefy.plan"]),
 ])
 def test_fit(run: Run, fit_words: Words, tmp_path: Path, no_model: None, methods: str, changes: dict[str, Any], said: list[str]) -> None:
     refuses(untouched(tmp_path, lambda: run("fit", methods, *with_(fit_words, **changes))), *said)
@@ -94,6 +95,13 @@ def test_fit(run: Run, fit_words: Words, tmp_path: Path, no_model: None, methods
 
 def test_a_method_without_k_may_be_narrower_than_k(run: Run, fit_words: Words) -> None:
     assert run("fit", "latents/relu", *with_(fit_words, width=3)).code == 0
+
+
+@pytest.mark.parametrize("more", [[], ["--suite", "attention"]])
+def test_a_sweep_of_what_is_not_trained(run: Run, tiny: Path, tmp_path: Path, no_model: None, more: list[str]) -> None:
+    """Untrained gates choose at random; that would be taken for the method's figure."""
+    words = ["sweep", "attention/seer", tiny, "--budget", "0.5", "--out", tmp_path / "s", *more]
+    refuses(untouched(tmp_path, lambda: run(*words)), "attention/seer has to be trained inside its model", "rarefy.plan")
 
 
 @pytest.mark.parametrize(("budget", "said"), [

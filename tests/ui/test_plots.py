@@ -75,4 +75,7 @@ def test_hostile_names_and_no_points(report):
 def test_one_point_alone(report):
     unit = report["units"][2]
     unit["points"] = unit["points"][1:2]
-    ET.fromstring(frontier_svg(unit))
+    drawn = ET.fromstring(frontier_svg(unit))
+    marks = [e for e in drawn.iter() if e.tag.endswith("path") and e.get("transform", "").startswith("translate")]
+    assert len(marks) == 1 and unit["points"][0]["method"].split("/")[1] in "".join(drawn.itertext())
+    assert all(0 < float(v) < 2000 for v in marks[0].get("transform").removeprefix("translate(").removesuffix(")").split())

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..kernels.block_attention import available, blocks_of, page_meta, page_scores
 from .block import BlockAttention
-from .dynamic.scores import bounds, largest, per_head
+from .dynamic.scores import bounds, largest
+from .heads import per_head
 
 STRIP = 1024
 """Queries whose bounds are worked out at once in prefill."""

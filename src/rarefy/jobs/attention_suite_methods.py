@@ -15,7 +15,7 @@ from ..fit import calibrate
 from ..tasks.averaging import Averaging
 from .attention_suite_run import Candidate
 from .attention_suite_tasks import Sitting
-from .build import check_settings, places, settings_for
+from .build import check_settings, places, refuse_untrained, settings_for
 
 CALIBRATION = 4
 """Sequences of the sitting that a calibrated method is shown, as a user would calibrate on the text that is to be read."""
@@ -27,8 +27,7 @@ def check_usable(one: Entry) -> None:
         raise BadInput(
             f"{one.name} is a {one.kind} of unit {one.unit!r}; the attention suite takes methods named attention/..., patterns and cache policies"
         )
-    if one.fitted == "trained":
-        raise BadInput(f"{one.name} has to be trained before it means anything; train it (`rarefy.train`) and measure the model that came of it")
+    refuse_untrained([one])
 
 
 def has_budget(one: Entry) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -32,6 +32,15 @@ def check_names(names: list[str]) -> list[Entry]:
     if twice:
         raise BadInput(f"{twice[0]} is named twice; name each method once")
     return [entry(name) for name in names]
+
+
+def refuse_untrained(cards: Iterable[Entry]) -> None:
+    """Raise BadInput for attention with parameters of its own, which says nothing before it is trained inside its model."""
+    if raw := [card.name for card in cards if card.fitted == "trained" and card.unit != "latent"]:
+        raise BadInput(
+            f"{raw[0]} has to be trained inside its model before it means anything, which no command does: plan = rarefy.plan({raw[0]!r}, model), "
+            "train it with rarefy.attention.trained (docs/trained-attention.md), then rarefy.measure(model, plan, ...)"
+        )
 
 
 def check_budget(budget: float) -> None:

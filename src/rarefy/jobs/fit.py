@@ -28,7 +28,7 @@ from ..store.methods import load, save
 from ..store.shards import ActivationStore
 from ..store.writer import ActivationWriter
 from ..streams import Flow, LiveStream, StoreStream, Stream, windows
-from .build import check_budget, check_names, check_settings, dictionary, fixes_k, make_plan, places, settings_for
+from .build import check_budget, check_names, check_settings, dictionary, fixes_k, make_plan, places, refuse_untrained, settings_for
 from .flows import check_gradients, check_joined, flow_of, open_beside, plain, reads_gradients
 from .folder import joint_folder, refuse_early, run_folder
 from .foreign import check_foreign, settle_all, take_up_foreign
@@ -92,6 +92,7 @@ class FitRequest(Request):
         check_context(self.context, tokens=self.tokens)
         if not 0 <= self.seed < 2**63:
             raise BadInput(f"seed={self.seed} must be a whole number in 0..2**63 - 1")
+        refuse_untrained(cards)
         if not all(latent):
             if self.k is not None:
                 raise BadInput(f"--k is for dictionaries; say how many {cards[0].unit}s are kept with --budget")

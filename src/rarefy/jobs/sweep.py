@@ -12,7 +12,7 @@ from ..fit import calibrate
 from ..frontier import Frontier, Judge
 from ..frontier import sweep as measure_all
 from ..method import Sparse
-from .build import check_budget, check_names, check_settings, make_plan, places, settings_for
+from .build import check_budget, check_names, check_settings, make_plan, places, refuse_untrained, settings_for
 from .folder import refuse_early, run_folder
 from .models import Opened, check_context, cut_text, digest, opened, probe, read_documents
 from .report import PLURAL, sweep_report, verdict, write_report
@@ -43,6 +43,7 @@ class SweepRequest(Request):
         cards = check_names(self.methods)
         if dictionaries := [card.name for card in cards if card.unit == "latent"]:
             raise BadInput(f"{dictionaries[0]} is a dictionary and has to be trained: use `rarefy fit`, then `rarefy judge RUN --against ...`")
+        refuse_untrained(cards)
         check_settings(cards, self.settings)
         if not self.budgets:
             raise BadInput("no budget named; give fractions of units kept, such as 0.3,0.5")

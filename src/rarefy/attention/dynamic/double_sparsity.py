@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ...method import fraction
 from ...selection import kept
+from ..heads import per_head
 from .fitted import Fitted
-from .scores import per_head
 
 
 class DoubleSparsity(Fitted):

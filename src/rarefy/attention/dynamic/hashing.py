@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .scores import per_head
+from ..heads import per_head
 
 
 def planes(D: int, tables: int, bits: int, seed: int, like: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ from ...errors import BadInput
 from ...kernels.block_attention import token_attention
 from ...method import not_negative, positive
 from ..block import TokenAttention
+from ..heads import per_head
 from ..trained.base import listed
 from .hashing import codes, collisions, planes, share_two
-from .scores import per_head
 
 
 class MagicPIG(TokenAttention):

@@ -13,10 +13,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ...kernels.block_attention import BlockMask
 from ...method import positive
+from ..heads import per_head
 from .fitted import Fitted
-from .pooled import Pooled, blocks_to_pairs
-from .scores import later, logits, per_head
+from .pooled import Pooled
+from .scores import later, logits
 from .vertical_slash import VerticalSlash
 
 PATTERNS = ("A-shape", "vertical-slash", "block-sparse")
@@ -66,7 +68,7 @@ class MInference(Fitted):
         return [
             a_shape(T, S, self._budget, self.sinks, causal, q_BHTD.device).expand(*q_BHTD.shape[:2], T, S),
             self.lines.choose(q_BHTD, k_BGSD, causal),
-            blocks_to_pairs(blocks, T, S, self.side, rows, causal),
+            BlockMask(blocks, None, None, self.side, rows).pairs(T, S, causal),
         ]
 
     def gather(self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Mapping[str, Tensor]:

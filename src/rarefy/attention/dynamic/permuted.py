@@ -15,8 +15,9 @@ from torch import Tensor
 from ...errors import BadInput
 from ...kernels.block_attention import BlockMask, block_attention, blocks_of, merge
 from ...method import positive
+from ..heads import per_head
 from .rules import TopP
-from .scores import key_means, mean, per_head, probabilities
+from .scores import key_means, mean, probabilities
 
 
 class PermutedBlocks(TopP):

@@ -5,11 +5,11 @@ Shape letters as in scores.py.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..block import BlockAttention
-from .scores import key_means, mean, per_head
+from ..heads import per_head
+from .scores import key_means, mean
 
 
 class Pooled(BlockAttention):
@@ -33,10 +33,3 @@ class Pooled(BlockAttention):
     def selection_flops(self, heads: int, width: int, keys: float) -> float:
         """A product a block of queries and keys."""
         return 2 * heads * width * keys / self.block / self.query_block
-
-
-def blocks_to_pairs(blocks_BHQN: Tensor, T: int, S: int, block: int, rows: int, causal: bool) -> Tensor:
-    """[B, H, T, S] bool of chosen blocks."""
-    at_T, at_S = torch.arange(S - T, S, device=blocks_BHQN.device), torch.arange(S, device=blocks_BHQN.device)
-    keep = blocks_BHQN[:, :, at_T // rows - (S - T) // rows][..., at_S // block]
-    return keep & (at_S <= at_T[:, None]) if causal else keep

@@ -21,8 +21,9 @@ from torch import Tensor
 from ...errors import BadInput
 from ...method import positive
 from ..block import TokenAttention
+from ..heads import per_head
 from .key_graph import KeyGraph, build, search
-from .scores import later, per_head
+from .scores import later
 
 
 class RetrievalAttention(TokenAttention):

@@ -21,9 +21,10 @@ from torch.nn.functional import pad
 
 from ...method import not_negative, positive
 from ..block import TokenAttention
+from ..heads import per_head
 from ..trained.base import listed
 from .hashing import codes, collisions, planes
-from .scores import later, per_head
+from .scores import later
 
 STRETCH = 64
 """Keys that enter the running sums at a time."""

@@ -11,11 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...kernels.block_attention import blocks_of
-
-
-def per_head(x_BG: Tensor, H: int) -> Tensor:
-    """[B, H, ...] of [B, G, ...]: every query head sees its key head."""
-    return x_BG.repeat_interleave(H // x_BG.shape[1], 1)
+from ..heads import per_head
 
 
 def logits(q_BHTD: Tensor, k_BGSD: Tensor) -> Tensor:

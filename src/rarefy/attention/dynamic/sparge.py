@@ -15,9 +15,10 @@ from torch.nn.functional import normalize
 
 from ...errors import BadInput
 from ...method import not_negative
+from ..heads import per_head
 from .blasst import block_maxima, gaps, smallest
 from .rules import TopP
-from .scores import key_blocks, key_means, per_head, query_rows
+from .scores import key_blocks, key_means, query_rows
 
 
 def likeness(x_ND: Tensor, there_N1: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from torch.nn.functional import normalize
 
 from ...errors import BadInput
 from ...method import positive
+from ..heads import per_head
 from .rules import Levels
-from .scores import key_blocks, per_head
+from .scores import key_blocks
 
 ROUNDS = 10
 

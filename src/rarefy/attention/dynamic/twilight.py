@@ -14,8 +14,9 @@ from torch import Tensor
 from ...errors import BadInput
 from ...method import positive
 from ..block import highest
+from ..heads import per_head
 from .rules import TopP
-from .scores import bounds, page_bounds, per_head
+from .scores import bounds, page_bounds
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:

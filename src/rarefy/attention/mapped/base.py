@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...cost import Cost
 from ...errors import BadInput
+from ...method import fraction
 from ...selection import Selection, check_finite
 from ..counted import Counted
 
@@ -22,16 +23,6 @@ ROWS = 256
 
 class MappedAttention(Counted):
     """map(q k^T * scale) v, with the scores of unseen keys at minus infinity."""
-
-    unit = "key"
-
-    def __init__(self) -> None:
-        super().__init__()
-
-    @property
-    def budget(self) -> float:
-        """1: how many keys a row keeps follows from its scores."""
-        return 1.0
 
     def weights(self, score_BHTS: Tensor, seen_BHT1: Tensor) -> Tensor:
         """[B, H, T, S] of scores that are -inf where a key is not seen; seen_BHT1 [B or 1, 1, T, 1] the keys that a query can see."""
@@ -126,3 +117,20 @@ class MappedAttention(Counted):
         H, D, S = self.dims()
         density = 1.0 if density is None else density
         return Cost(2 * H * D * S * (1 + density), 4 * H * D * S * (1 + density))
+
+
+class BudgetedMap(MappedAttention):
+    """A map that is told how many keys to keep.
+
+    Args:
+        budget: fraction of the visible keys.
+    """
+
+    def __init__(self, budget: float = 0.25) -> None:
+        super().__init__()
+        self._budget = fraction("budget", budget)
+
+    @property
+    def budget(self) -> float:
+        """Fraction of the visible keys asked for."""
+        return self._budget

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from ... import maps
-from ...method import fraction
-from .base import MappedAttention
+from .base import BudgetedMap
 
 
-class StatisticalTopK(MappedAttention):
+class StatisticalTopK(BudgetedMap):
     """softmax over scores above mean + std * z, z the normal quantile with a share `budget` above it; at least the highest.
 
     Args:
@@ -24,15 +23,6 @@ class StatisticalTopK(MappedAttention):
     """
 
     name = "attention/statistical_top_k"
-
-    def __init__(self, budget: float = 0.25) -> None:
-        super().__init__()
-        self._budget = fraction("budget", budget)
-
-    @property
-    def budget(self) -> float:
-        """Fraction of the visible keys asked for."""
-        return self._budget
 
     def weights(self, score_BHTS: Tensor, seen_BHT1: Tensor) -> Tensor:
         """softmax of what passes the threshold of its row."""

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ... import maps
-from ...method import fraction
-from .base import MappedAttention
+from ..block import highest
+from .base import BudgetedMap
 
 
-class TopK(MappedAttention):
+class TopK(BudgetedMap):
     """softmax over the max(1, round(budget * n)) highest scores of the n that a query sees; of equal ones the earlier.
 
     Args:
@@ -24,24 +24,10 @@ class TopK(MappedAttention):
 
     name = "attention/top_k"
 
-    def __init__(self, budget: float = 0.25) -> None:
-        super().__init__()
-        self._budget = fraction("budget", budget)
-
-    @property
-    def budget(self) -> float:
-        """Fraction of the visible keys kept."""
-        return self._budget
-
     def weights(self, score_BHTS: Tensor, seen_BHT1: Tensor) -> Tensor:
         """softmax of what is kept."""
         keep = (self._budget * seen_BHT1.double()).round().clamp_min(1).long()
-        most = int(keep.max())
-        order = score_BHTS.topk(most, -1).values
-        least = order.gather(-1, (keep - 1).clamp_min(0).expand(*score_BHTS.shape[:-1], 1))
-        above, level = score_BHTS > least, score_BHTS == least
-        kept = above | level & (level.cumsum(-1) <= keep - above.sum(-1, keepdim=True))
-        return maps.softmax(score_BHTS.masked_fill(~kept, -torch.inf))
+        return maps.softmax(score_BHTS.masked_fill(~highest(score_BHTS, keep), -torch.inf))
 
     def naive(self, score_BHTS: Tensor, seen_BHT1: Tensor) -> Tensor:
         """By a stable sort of each row."""

@@ -14,11 +14,7 @@ from ...cost import Cost
 from ...errors import BadInput
 from ...selection import Selection, check_finite
 from ..counted import Counted
-
-
-def per_head(x_BGSD: Tensor, heads: int) -> Tensor:
-    """[B, H, S, ...]: each key head once a query head that reads it."""
-    return x_BGSD.repeat_interleave(heads // x_BGSD.shape[1], 1)
+from ..heads import per_head
 
 
 def places(T: int, S: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -28,16 +24,6 @@ def places(T: int, S: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 class Structured(Counted):
     """Attention by `mix`; its definition is `weights` @ values."""
-
-    unit = "key"
-
-    def __init__(self) -> None:
-        super().__init__()
-
-    @property
-    def budget(self) -> float:
-        """1: how much is looked at follows from the structure."""
-        return 1.0
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
         """[B, H, T, D]; query t stands at position S - T + t."""

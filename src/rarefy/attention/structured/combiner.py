@@ -20,7 +20,8 @@ from ...errors import BadInput, Unsupported
 from ...kernels.block_attention import block_attention, blocks_of, merge
 from ...kernels.block_attention.softmax import attend
 from ...method import positive
-from .base import Structured, per_head, places
+from ..heads import per_head
+from .base import Structured, places
 
 ROWS = 512
 """Queries whose logits with regions are held at once."""

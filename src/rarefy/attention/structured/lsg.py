@@ -25,7 +25,8 @@ from torch.nn.functional import one_hot
 from ...errors import BadInput
 from ...kernels.block_attention.softmax import attend
 from ...method import positive
-from .base import Structured, per_head
+from ..heads import per_head
+from .base import Structured
 
 PICKS = ("norm", "pool", "lsh", "stride", "block_stride")
 

@@ -21,8 +21,8 @@ from torch.nn.functional import cross_entropy
 
 from ...errors import BadInput
 from ...site import replaced
+from ..heads import per_head
 from ..trained.base import dense_map
-from .base import per_head
 from .searched import Searched, allot
 
 ALPHAS, BETAS = (0, 16, 64, 128, 256), (0.0, 0.0625, 0.125, 0.25, 0.5, 0.75, 1.0)

@@ -23,8 +23,9 @@ from torch.nn.functional import softplus
 from ...errors import BadInput, Unsupported
 from ...kernels.block_attention.softmax import attend
 from ...method import Loss, not_negative, positive
+from ..heads import per_head
 from ..trained.base import sizes_of
-from .base import Structured, per_head, places
+from .base import Structured, places
 
 ROWS = 256
 """Queries worked on at a time."""

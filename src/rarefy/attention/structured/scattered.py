@@ -19,7 +19,8 @@ from torch.nn.functional import elu
 
 from ...errors import BadInput, Unsupported
 from ...method import positive
-from .base import Structured, per_head, places
+from ..heads import per_head
+from .base import Structured, places
 
 
 def members(label: Tensor) -> dict[int, Tensor]:

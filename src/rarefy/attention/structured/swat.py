@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ...method import positive
-from .base import Structured, per_head, places
+from ..heads import per_head
+from .base import Structured, places
 
 ROWS = 256
 """Queries worked on at a time."""

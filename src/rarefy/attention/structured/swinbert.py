@@ -16,7 +16,8 @@ from torch.nn.functional import interpolate, pad
 from ...errors import BadInput, Unsupported
 from ...kernels.block_attention import BlockMask, block_attention
 from ...method import Loss, not_negative, positive
-from .base import Structured, per_head
+from ..heads import per_head
+from .base import Structured
 
 
 class SwinBERT(Structured):

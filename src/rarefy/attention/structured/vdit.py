@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ...method import not_negative
+from ..heads import per_head
 from ..trained.base import causal_mask
-from .base import per_head
 from .searched import Searched
 
 

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 
 from ...cost import Cost
 from ...errors import BadInput, Unsupported
-from ...kernels.block_attention import block_attention, blocks_of
+from ...kernels.block_attention import block_attention, blocks_of, token_attention
 from ...method import Loss, Sparse, positive
 from ...selection import Selection, check_finite
+from ..block import highest
 from ..counted import Counted
 
 SIZES = ("hidden", "heads", "key_heads", "d_head", "layer")
@@ -72,6 +73,12 @@ def listed(mask_BHTS: Tensor) -> Tensor:
     return torch.where(there.bool(), at, -1)
 
 
+def top_share(score_BHTS: Tensor, seen_TS: Tensor, budget: float) -> Tensor:
+    """[B, H, T, S] bool: of what each query sees, the budget's share with the highest scores, at least one; of equal ones the earlier."""
+    keep = torch.tensor([max(1, round(budget * n)) for n in seen_TS.sum(-1).tolist()], device=score_BHTS.device)[:, None]
+    return highest(score_BHTS.masked_fill(~seen_TS, -torch.inf), keep) & seen_TS
+
+
 class Made(Sparse):
     """A method made for layers of one shape, with parameters of its own."""
 
@@ -112,30 +119,21 @@ class Made(Sparse):
 
 
 class PairAttention(Made, Counted):
-    """Attention over chosen (query, key) pairs: write `mix` (sparse) and `naive` (dense and masked), both given `choice`'s mask."""
+    """Attention over chosen (query, key) pairs: write `choice`; `mix` (sparse) and `naive` (dense and masked) where it is not one softmax."""
 
-    unit = "key"
     wants: ClassVar[tuple[str, ...]] = ()
-
-    def __init__(self) -> None:
-        super().__init__()
-
-    @property
-    def budget(self) -> float:
-        """1: how much is kept is learned or follows from other arguments."""
-        return 1.0
 
     def choice(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, causal: bool) -> Tensor:
         """[B, H, T, S] bool: pairs attended to."""
         raise NotImplementedError
 
     def mix(self, mask: Tensor, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, causal: bool) -> Tensor:
-        """[B, H, T, D], computed on the mask's pairs."""
-        raise NotImplementedError
+        """[B, H, T, D], computed on the mask's pairs; here one softmax over the listed keys."""
+        return token_attention(q, k, v, listed(mask), scale=scale)
 
     def naive(self, mask: Tensor, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, causal: bool) -> Tensor:
         """The same from whole score matrices."""
-        raise NotImplementedError
+        return masked_softmax(q, k, mask, scale) @ v.repeat_interleave(self.heads // self.key_heads, 1)
 
     def attend(
         self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, scale: float, causal: bool = True,

@@ -14,11 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...kernels.block_attention import token_attention
 from ...method import Loss, fraction, positive
 from ...selection import top_p
-from ..block import highest
-from .base import PairAttention, causal_mask, dense_map, drawn, listed, masked_softmax
+from .base import PairAttention, causal_mask, dense_map, drawn, top_share
 from .purbo import head_numbers
 
 
@@ -56,18 +54,9 @@ class DSV(PairAttention):
         """[B, H, T, S] bool."""
         T, S = q.shape[2], k.shape[2]
         seen = causal_mask(T, S, q.device) if causal else torch.ones(T, S, dtype=torch.bool, device=q.device)
-        keep = torch.tensor([max(1, round(self._budget * n)) for n in seen.sum(-1).tolist()], device=q.device)[:, None]
-        mask = highest(self.estimate(q, k, scale).masked_fill(~seen, -torch.inf), keep) & seen
+        mask = top_share(self.estimate(q, k, scale), seen, self._budget)
         mask[:, self._dense] = seen
         return mask
-
-    def mix(self, mask: Tensor, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, causal: bool) -> Tensor:
-        """The listed keys only."""
-        return token_attention(q, k, v, listed(mask), scale=scale)
-
-    def naive(self, mask: Tensor, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, causal: bool) -> Tensor:
-        """From whole score matrices."""
-        return masked_softmax(q, k, mask, scale) @ v.repeat_interleave(self.heads // self.key_heads, 1)
 
     def distil(self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, scale: float, causal: bool, hidden_BTD: Tensor | None = None) -> Loss:
         """Mean squared error of the estimated logits over the pairs seen."""

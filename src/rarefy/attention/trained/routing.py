@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, normalize
 
 from ...errors import BadInput
-from ...kernels.block_attention import token_attention
 from ...method import fraction, positive
-from .base import PairAttention, causal_mask, listed, masked_softmax
+from .base import PairAttention, causal_mask
 
 
 class Routing(PairAttention):
@@ -83,14 +82,6 @@ class Routing(PairAttention):
             total, count = torch.einsum("bhnc,bhnd->hcd", own, unit), own.sum((0, 2))[..., None]
             moved += torch.where(count > 0, total / count.clamp_min(1), self.centroid_HCD) / 2
         self.centroid_HCD.copy_(self.decay * self.centroid_HCD + (1 - self.decay) * moved)
-
-    def mix(self, mask: Tensor, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, causal: bool) -> Tensor:
-        """The listed keys only."""
-        return token_attention(q, k, v, listed(mask), scale=scale)
-
-    def naive(self, mask: Tensor, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, causal: bool) -> Tensor:
-        """From whole score matrices."""
-        return masked_softmax(q, k, mask, scale) @ v.repeat_interleave(self.heads // self.key_heads, 1)
 
     def own_flops(self, heads: int, width: int, keys: float) -> float:
         """Products of a query and its key with the centroids."""

@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv1d, relu
 
-from ...kernels.block_attention import token_attention
 from ...method import Loss, fraction, positive
-from ..block import highest
-from .base import PairAttention, causal_mask, dense_map, drawn, listed, masked_softmax
+from .base import PairAttention, causal_mask, dense_map, drawn, top_share
 
 STRETCH = 64
 """Keys summed into Performer's state at a time."""
@@ -95,18 +93,8 @@ class SEA(PairAttention):
         T, S = q.shape[2], k.shape[2]
         cell = self._cell(T, S, causal, q.device)
         logit = self.estimate(q, k, v, scale, causal)
-        score = logit.gather(3, cell.clamp_max(self.cells - 1).expand(*logit.shape[:2], T, S)).masked_fill(cell == self.cells, -torch.inf)
-        seen = (cell < self.cells).sum(-1).tolist()
-        keep = torch.tensor([max(1, round(self._budget * n)) for n in seen], device=q.device)[:, None]
-        return highest(score, keep) & (cell < self.cells)
-
-    def mix(self, mask: Tensor, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, causal: bool) -> Tensor:
-        """The listed keys only."""
-        return token_attention(q, k, v, listed(mask), scale=scale)
-
-    def naive(self, mask: Tensor, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, causal: bool) -> Tensor:
-        """From whole score matrices."""
-        return masked_softmax(q, k, mask, scale) @ v.repeat_interleave(self.heads // self.key_heads, 1)
+        score = logit.gather(3, cell.clamp_max(self.cells - 1).expand(*logit.shape[:2], T, S))
+        return top_share(score, cell < self.cells, self._budget)
 
     def distil(self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, scale: float, causal: bool, hidden_BTD: Tensor | None = None) -> Loss:
         """KL (nats a query) and squared distance of the estimated map from the dense one summed by cell; cells without keys are left out."""

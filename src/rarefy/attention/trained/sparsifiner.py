@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 
 from ...errors import BadInput
-from ...kernels.block_attention import token_attention
 from ...method import Loss, fraction, not_negative, positive
-from ..block import highest
-from .base import PairAttention, causal_mask, dense_map, drawn, listed, masked_softmax
+from .base import PairAttention, causal_mask, dense_map, drawn, top_share
 
 
 class Sparsifiner(PairAttention):
@@ -71,16 +69,7 @@ class Sparsifiner(PairAttention):
         """[B, H, T, S] bool."""
         T, S = q.shape[2], k.shape[2]
         seen = causal_mask(T, S, q.device) if causal else torch.ones(T, S, dtype=torch.bool, device=q.device)
-        keep = torch.tensor([max(1, round(self._budget * n)) for n in seen.sum(-1).tolist()], device=q.device)[:, None]
-        return highest(self.connectivity(q, k, scale, causal).masked_fill(~seen, -torch.inf), keep) & seen
-
-    def mix(self, mask: Tensor, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, causal: bool) -> Tensor:
-        """The listed keys only."""
-        return token_attention(q, k, v, listed(mask), scale=scale)
-
-    def naive(self, mask: Tensor, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, causal: bool) -> Tensor:
-        """From whole score matrices."""
-        return masked_softmax(q, k, mask, scale) @ v.repeat_interleave(self.heads // self.key_heads, 1)
+        return top_share(self.connectivity(q, k, scale, causal), seen, self._budget)
 
     def distil(self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, scale: float, causal: bool, hidden_BTD: Tensor | None = None) -> Loss:
         """KL of the connectivity, as logits, from the dense map (nats a query), and the size of the basis."""

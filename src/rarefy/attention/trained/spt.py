@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 
 from ...errors import BadInput
-from ...kernels.block_attention import token_attention
 from ...method import Loss, fraction, positive
-from ..block import highest
-from .base import PairAttention, causal_mask, drawn, listed, masked_softmax
+from .base import PairAttention, causal_mask, drawn, top_share
 
 
 class SPT(PairAttention):
@@ -60,18 +58,9 @@ class SPT(PairAttention):
         """[B, H, T, S] bool."""
         T, S = q.shape[2], k.shape[2]
         seen = causal_mask(T, S, q.device) if causal else torch.ones(T, S, dtype=torch.bool, device=q.device)
-        keep = torch.tensor([max(1, round(self._budget * n)) for n in seen.sum(-1).tolist()], device=q.device)[:, None]
         far = (torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(S, device=q.device)).abs()
         rank = self.matches(q, k).double() * S - far                                     # whole numbers: equal codes first, then distance
-        return highest(rank.masked_fill(~seen, -torch.inf), keep) & seen
-
-    def mix(self, mask: Tensor, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, causal: bool) -> Tensor:
-        """The listed keys only."""
-        return token_attention(q, k, v, listed(mask), scale=scale)
-
-    def naive(self, mask: Tensor, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, causal: bool) -> Tensor:
-        """From whole score matrices."""
-        return masked_softmax(q, k, mask, scale) @ v.repeat_interleave(self.heads // self.key_heads, 1)
+        return top_share(rank, seen, self._budget)
 
     def distil(self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, scale: float, causal: bool, hidden_BTD: Tensor | None = None) -> Loss:
         """Squared distance of queries and keys from their codewords, a part."""
