@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from trained_inputs import SIZES, gradients
 
 from rarefy.attention.trained.by_keys import by_keys
 from rarefy.attention.trained.fsa import FSA
@@ -12,8 +13,6 @@ from rarefy.attention.trained.nsa import NSA
 from rarefy.attention.trained.seer import Seer
 from rarefy.errors import BadInput
 from rarefy.kernels.block_attention import block_attention
-
-SIZES = {"heads": 4, "key_heads": 2, "d_head": 6}
 
 
 def qkv(T, S=None, batch=2, heads=4, key_heads=2, seed=0):
@@ -35,11 +34,6 @@ def each_query(q, k, v, keys_of):
     every = [(b, h, h * G // H, t) for b in range(B) for h in range(H) for t in range(T)]
     rows = [over(q[b, h, t], k[b, g], v[b, g], keys_of(b, h, g, S - T + t)) for b, h, g, t in every]
     return torch.stack(rows).view(q.shape)
-
-
-def gradients(out, leaves):
-    lot = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=out.dtype)
-    return torch.autograd.grad((out * lot).sum(), leaves)
 
 
 def moba_by_definition(q, k, v, block, top):

@@ -4,24 +4,11 @@ import math
 
 import pytest
 import torch
+from trained_inputs import SIZES, gradients, qkv
 
 from rarefy.attention.trained.diff import Diff
 from rarefy.attention.trained.sparsek import SparseK, sparsek
 from rarefy.errors import BadInput
-
-SIZES = {"heads": 4, "key_heads": 2, "d_head": 6}
-
-
-def qkv(T, S=None, batch=2, heads=4, key_heads=2, seed=0, grad=False):
-    draw = torch.Generator().manual_seed(seed)
-    S = S or T
-    shapes = ((batch, heads, T, 6), (batch, key_heads, S, 6), (batch, key_heads, S, 6))
-    return [torch.randn(shape, generator=draw, dtype=torch.float64, requires_grad=grad) for shape in shapes]
-
-
-def gradients(out, leaves):
-    lot = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=out.dtype)
-    return torch.autograd.grad((out * lot).sum(), leaves)
 
 
 def causal_map(q, k):

@@ -3,14 +3,13 @@
 import pytest
 import torch
 from torch.nn.functional import layer_norm
+from trained_inputs import SIZES, gradients
 
 from rarefy.attention.trained.purbo import Purbo
 from rarefy.attention.trained.routing import Routing
 from rarefy.attention.trained.sea import SEA
 from rarefy.attention.trained.sma import SMA
 from rarefy.errors import BadInput
-
-SIZES = {"heads": 4, "key_heads": 2, "d_head": 6}
 
 
 def qkv(T, S=None, batch=2, seed=0, grad=False):
@@ -34,11 +33,6 @@ def each_query(q, k, v, keys_of):
 
 def dense(q, k, v):
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-
-def gradients(out, leaves):
-    lot = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=out.dtype)
-    return torch.autograd.grad((out * lot).sum(), leaves)
 
 
 def fewest(weights, p):

@@ -8,6 +8,7 @@ Shape letters as in __init__.py; L = lanes (queries in a tile), M = keys in a bl
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numba
 import numpy as np
@@ -19,36 +20,43 @@ LANES = 64
 FAR = np.float32(-1e30)
 """Maximum of a query that has seen no key; unchosen pairs are at minus infinity, which stays below it."""
 
-_tile, _row = product(ROWS, VECTORS), product(1, VECTORS)
-_thin, _thin_row = product(8, 1), product(1, 1)
 _tops, _thin_tops, _exps, _thin_exps = maximum(VECTORS), maximum(1), exponentials(VECTORS), exponentials(1)
 WIDTH, THIN = VECTORS * W, W
 FRESH, NONE, ONE = np.int64(-1), np.int64(0), np.int64(1)          # typed: a literal would compile a second time
 
 
-@numba.njit(nogil=True, error_model="numpy")
-def multiply(rows, columns, A, a, ax, at, B, b, bt, C, c, cx, count, keep, k):  # type: ignore[no-untyped-def]
-    """C[x, y] = keep[y] C[x, y] + sum over t of A[x, t] B[t, y], float32; columns a multiple of W. Strides as in tile.product; k < 0: C from 0."""
-    y = 0
-    while y < columns:
-        ky = k + y if k >= 0 else k
-        x = 0
-        if y + WIDTH <= columns:
-            while x + ROWS <= rows:
-                _tile(A, a + x * ax, ax, at, B, b + y, bt, C, c + x * cx + y, cx, count, keep, ky)
-                x += ROWS
-            while x < rows:
-                _row(A, a + x * ax, ax, at, B, b + y, bt, C, c + x * cx + y, cx, count, keep, ky)
-                x += 1
-            y += WIDTH
-        else:
-            while x + 8 <= rows:
-                _thin(A, a + x * ax, ax, at, B, b + y, bt, C, c + x * cx + y, cx, count, keep, ky)
-                x += 8
-            while x < rows:
-                _thin_row(A, a + x * ax, ax, at, B, b + y, bt, C, c + x * cx + y, cx, count, keep, ky)
-                x += 1
-            y += THIN
+def multiplier(tile: Any, row: Any, thin: Any, thin_row: Any) -> Any:
+    """The product of matrices by four micro-kernels: wide and narrow tiles, many rows and one."""
+
+    @numba.njit(nogil=True, error_model="numpy")
+    def multiply(rows, columns, A, a, ax, at, B, b, bt, C, c, cx, count, keep, k):  # type: ignore[no-untyped-def]
+        """C[x, y] = keep[y] C[x, y] + sum over t of A[x, t] B[t, y], float32; columns a multiple of W. Strides as in
+        tile.product; k < 0: C from 0."""
+        y = 0
+        while y < columns:
+            ky = k + y if k >= 0 else k
+            x = 0
+            if y + WIDTH <= columns:
+                while x + ROWS <= rows:
+                    tile(A, a + x * ax, ax, at, B, b + y, bt, C, c + x * cx + y, cx, count, keep, ky)
+                    x += ROWS
+                while x < rows:
+                    row(A, a + x * ax, ax, at, B, b + y, bt, C, c + x * cx + y, cx, count, keep, ky)
+                    x += 1
+                y += WIDTH
+            else:
+                while x + 8 <= rows:
+                    thin(A, a + x * ax, ax, at, B, b + y, bt, C, c + x * cx + y, cx, count, keep, ky)
+                    x += 8
+                while x < rows:
+                    thin_row(A, a + x * ax, ax, at, B, b + y, bt, C, c + x * cx + y, cx, count, keep, ky)
+                    x += 1
+                y += THIN
+
+    return multiply
+
+
+multiply = multiplier(product(ROWS, VECTORS), product(1, VECTORS), product(8, 1), product(1, 1))
 
 
 @numba.njit(nogil=True, error_model="numpy")

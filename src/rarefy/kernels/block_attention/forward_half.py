@@ -12,36 +12,12 @@ import math
 import numba
 import numpy as np
 
-from .forward import FAR, FRESH, NONE, ONE, THIN, WIDTH, hide, place, powers, put, raise_tops
+from .forward import FAR, FRESH, NONE, ONE, THIN, WIDTH, hide, multiplier, place, powers, put, raise_tops
 from .tile import ROWS, VECTORS, paired_exponentials, product
 
-_tile, _row, _thin, _thin_row = product(ROWS, VECTORS, True), product(1, VECTORS, True), product(8, 1, True), product(1, 1, True)
+_multiply = multiplier(product(ROWS, VECTORS, True), product(1, VECTORS, True), product(8, 1, True), product(1, 1, True))
+"""Of pairs of bfloat16 along t."""
 _exps, _thin_exps = paired_exponentials(VECTORS), paired_exponentials(1)
-
-
-@numba.njit(nogil=True, error_model="numpy")
-def _multiply(rows, columns, A, a, ax, at, B, b, bt, C, c, cx, count, keep, k):  # type: ignore[no-untyped-def]
-    """`forward.multiply` of pairs of bfloat16 along t."""
-    y = 0
-    while y < columns:
-        ky = k + y if k >= 0 else k
-        x = 0
-        if y + WIDTH <= columns:
-            while x + ROWS <= rows:
-                _tile(A, a + x * ax, ax, at, B, b + y, bt, C, c + x * cx + y, cx, count, keep, ky)
-                x += ROWS
-            while x < rows:
-                _row(A, a + x * ax, ax, at, B, b + y, bt, C, c + x * cx + y, cx, count, keep, ky)
-                x += 1
-            y += WIDTH
-        else:
-            while x + 8 <= rows:
-                _thin(A, a + x * ax, ax, at, B, b + y, bt, C, c + x * cx + y, cx, count, keep, ky)
-                x += 8
-            while x < rows:
-                _thin_row(A, a + x * ax, ax, at, B, b + y, bt, C, c + x * cx + y, cx, count, keep, ky)
-                x += 1
-            y += THIN
 
 
 @numba.njit(nogil=True, error_model="numpy")
