@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels.block_attention import blocks_of
 from .block import BlockAttention
+from .lottery import drawn
 
 
 class RandomBlocks(BlockAttention):
@@ -28,7 +29,4 @@ class RandomBlocks(BlockAttention):
         row_Q = torch.arange((S - T) // rows, (S - T) // rows + Q, device=q_BHTD.device)
         col_N = torch.arange(N, device=q_BHTD.device)
         head_H = torch.arange(q_BHTD.shape[1], device=q_BHTD.device)
-        x = row_Q[:, None] * 2654435761 + col_N * 2246822519 + head_H[:, None, None] * 3266489917 + self.seed * 668265263
-        for shift in (15, 13, 16):                                    # avalanche, so that neighbours are independent
-            x = ((x ^ (x >> shift)) * 2246822519) & 0x7FFFFFFF
-        return (x.float() / 2**31).expand(q_BHTD.shape[0], -1, -1, -1)
+        return drawn(row_Q[:, None], col_N, head_H[:, None, None], self.seed).float().expand(q_BHTD.shape[0], -1, -1, -1)

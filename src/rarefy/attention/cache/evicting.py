@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...method import positive
+from ..lottery import drawn
 from .entries import Entries, attend_entries, dense, first_of
 from .policy import Policy, PolicyLayer, Rotary
 
@@ -115,10 +116,7 @@ class _RandomLayer(EvictingLayer):
         """A hash of place, head, layer and seed: the same in a batch and alone."""
         at = self.entries["at"].long()
         head_G = torch.arange(at.shape[1], device=at.device)[:, None]
-        x = at * 2654435761 + head_G * 3266489917 + self.index * 2246822519 + self.policy.seed * 668265263  # type: ignore[attr-defined]
-        for shift in (15, 13, 16):
-            x = ((x ^ (x >> shift)) * 2246822519) & 0x7FFFFFFF
-        return x.double() / 2**31
+        return drawn(at, self.index, head_G, self.policy.seed)  # type: ignore[attr-defined]
 
 
 class RandomEviction(Policy):
