@@ -222,14 +222,21 @@ def apply_(
 
 
 @app.command()
-def methods(as_json: AsJson = False) -> None:
-    """List every method, pattern, cache policy, map and task: unit, how it is fitted, paper, year."""
-    from .catalogue import CARDS
+def methods(
+    names: Annotated[list[str] | None, typer.Argument(help="Names to show in full, with what was measured of their papers' claims.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List every method, pattern, cache policy, map and task, or show the cards of some in full."""
+    from .catalogue import CARDS, card, claims, in_full
 
+    shown = [card(name) for name in names] if names else list(CARDS)
     if as_json:
         from dataclasses import asdict
 
-        typer.echo(_dumps({"schema": 1, "methods": [asdict(e) for e in CARDS]}))
+        typer.echo(_dumps({"schema": 1, "methods": [{**asdict(e), "claims": [asdict(c) for c in claims(e.name)]} for e in shown]}))
+        return
+    if names:
+        typer.echo("\n\n".join(in_full(e) for e in shown))
         return
     wide = max(len(e.name) for e in CARDS)
     for e in CARDS:

@@ -9,9 +9,11 @@ import difflib
 
 from ..errors import BadInput
 from . import attention, caches, coding, dynamic, judges, latents, maps, neurons, patterns, trained, weights
+from .claim import VERDICTS, Claim
+from .claims import CLAIMS, claims
 from .entry import KINDS, Entry
 
-__all__ = ["CARDS", "ENTRIES", "KINDS", "Entry", "card", "entry"]
+__all__ = ["CARDS", "CLAIMS", "ENTRIES", "KINDS", "VERDICTS", "Claim", "Entry", "card", "claims", "entry", "in_full"]
 
 CARDS: tuple[Entry, ...] = tuple(
     one for table in (latents, coding, weights, neurons, attention, patterns, dynamic, trained, caches, maps, judges) for one in table.ENTRIES
@@ -37,3 +39,14 @@ def entry(name: str) -> Entry:
     if found.kind != "method":
         raise BadInput(f"{name} is a {found.kind}, which this does not take; `rarefy methods` shows what each name is")
     return found
+
+
+def in_full(e: Entry) -> str:
+    """A card and its claims as text."""
+    lines = [e.name, f"  {e.title} ({e.year})"]
+    lines += [f"  {e.link}"] if e.link else []
+    lines += [f"  {e.kind}; selects {e.unit}s; fitted: {e.fitted}; in place of {e.replaces}; rarefy.{e.target.replace(':', '.')}"]
+    lines += [f"  {e.note}"] if e.note else []
+    for c in claims(e.name):
+        lines += ["", f"  claim: {c.says}", f"  {c.verdict}: {c.measured} ({c.by})"]
+    return "\n".join(lines)

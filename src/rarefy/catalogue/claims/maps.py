@@ -1,0 +1,8 @@
+"""Claims about maps to probabilities."""
+
+from __future__ import annotations
+
+from ..claim import Claim
+
+CLAIMS: tuple[Claim, ...] = (
+)
