@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,11 @@ def _layer_of(site: Site) -> int:
     return int(numbers[0]) if numbers else -1
 
 
+@dataclass(frozen=True)
+class _Ids:
+    input_ids: Tensor
+
+
 @torch.no_grad()
 def calibrate(
     model: nn.Module, plan: Mapping[str, Sparse], batches: Iterable[Any], *, sequential: bool = True,
@@ -115,7 +120,7 @@ def calibrate(
 
     Args:
         plan: name of a linear site or of an attention -> method. Methods that need no calibration are left as they are and stand in no pass.
-        batches: objects with `.input_ids` [B, T] and optionally `.attention_mask` [B, T], whose zeros mark padding that no
+        batches: token ids [B, T], or objects with `.input_ids` [B, T] and optionally `.attention_mask` [B, T], whose zeros mark padding that no
             method is shown.
         sequential: layer after layer, each seeing what the model gives with the methods of all layers before it already in
             place (the order of the Wanda and SparseGPT papers); the layers of one number are observed together, before any
@@ -129,7 +134,9 @@ def calibrate(
     groups: dict[int, dict[str, Site]] = {}
     for name, site in found.items():
         groups.setdefault(_layer_of(site) if sequential else 0, {})[name] = site
-    batches = batches if isinstance(batches, list) else list(batches)
+    batches = [_Ids(batch) if isinstance(batch, Tensor) else batch for batch in batches]
+    if bad := next((batch for batch in batches if not hasattr(batch, "input_ids")), None):
+        raise BadInput(f"a batch to calibrate on is a {type(bad).__name__} without .input_ids; give token ids [B, T] or what a tokenizer returns")
     if wanted and not batches:
         raise BadInput("calibration data is empty; give --data text that holds at least one context")
     more = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}

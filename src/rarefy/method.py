@@ -46,6 +46,8 @@ class Sparse(nn.Module):
 
     sharded: ClassVar[tuple[str, ...]] = ()
     """Parameters and buffers of which each process holds a part of the rows, where a method is shared out over processes."""
+    serves_all: ClassVar[bool] = False
+    """Whether one object stands at every site of a plan, because what it does in a layer hangs on the layers before."""
 
     _arguments: dict[str, Any]
 
@@ -59,7 +61,11 @@ class Sparse(nn.Module):
 
         def __init__(self: Sparse, *args: Any, **kwargs: Any) -> None:
             if "_arguments" not in self.__dict__:      # the outermost constructor knows what was asked for
-                bound = signature.bind(self, *args, **kwargs)
+                try:
+                    bound = signature.bind(self, *args, **kwargs)
+                except TypeError as error:
+                    known = ", ".join(list(signature.parameters)[1:])
+                    raise BadInput(f"{type(self).name or type(self).__name__}: {error}; it takes {known or 'no arguments'}") from None
                 bound.apply_defaults()
                 arguments = {k: v for k, v in list(bound.arguments.items())[1:]}
                 object.__setattr__(self, "_arguments", arguments)

@@ -238,6 +238,16 @@ def test_scatterbrain_is_exact_on_its_support_and_low_rank_elsewhere(T, S):
     assert method.measured_density() < 0.3
 
 
+@pytest.mark.parametrize("spread", [1.0, 3.0, 10.0])
+def test_scatterbrain_is_finite_where_logits_are_large(spread):
+    """The first key, which stands in for empty places of a list, outweighs all listed ones."""
+    q, k, v = [x.float() for x in qkv(60, 60, batch=1)]
+    q, k = q * spread, k * spread**0.5
+    k[:, :, 0] *= 4
+    method = Scatterbrain(budget=0.2)
+    torch.testing.assert_close(method(q, k, v), method.reference(q.double(), k.double(), v.double()).float(), rtol=1e-4, atol=1e-4)
+
+
 def test_scatterbrains_features_give_the_kernel_on_average():
     q, k, _ = [x / 2 for x in qkv(1, 6, batch=1)]
     logs = [(method.logs(q[0, 0], D**-0.5), method.logs(k[0, 0], D**-0.5)) for method in (Scatterbrain(features=4000, seed=s) for s in range(20))]

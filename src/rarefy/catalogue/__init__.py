@@ -11,9 +11,9 @@ from ..errors import BadInput
 from . import attention, caches, coding, dynamic, judges, latents, maps, neurons, patterns, trained, weights
 from .claim import VERDICTS, Claim
 from .claims import CLAIMS, claims
-from .entry import KINDS, Entry
+from .entry import FAMILY_OF_UNIT, KINDS, Entry
 
-__all__ = ["CARDS", "CLAIMS", "ENTRIES", "KINDS", "VERDICTS", "Claim", "Entry", "card", "claims", "entry", "in_full"]
+__all__ = ["CARDS", "CLAIMS", "ENTRIES", "FAMILY_OF_UNIT", "KINDS", "VERDICTS", "Claim", "Entry", "card", "claims", "entry", "in_full"]
 
 CARDS: tuple[Entry, ...] = tuple(
     one for table in (latents, coding, weights, neurons, attention, patterns, dynamic, trained, caches, maps, judges) for one in table.ENTRIES

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..method import Sparse
 
+FAMILY_OF_UNIT = {"latent": "latents", "weight": "weights", "neuron": "neurons"}
+FAMILY_OF_UNIT |= dict.fromkeys(("key", "key block", "token", "column", "column or diagonal"), "attention")
+"""What methods select -> the family that selects it."""
 KINDS = ("method", "pattern", "cache", "map", "coding", "task")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..builtin.corpus import Batch
 from ..builtin.model import recall_model
-from ..catalogue import Entry, card
+from ..catalogue import FAMILY_OF_UNIT, Entry, card
 from ..errors import BadInput, RarefyError
 from ..families import config_of
 from ..frontier import Point
@@ -223,7 +223,7 @@ def _measure(one: Entry, cell: Cell, sittings: Sittings, request: AttentionReque
     else:
         candidate = prepare(one, cell.budget, request.settings, asked.sitting, None)
         metrics, kept, cost = sit(asked, cell.phase, candidate)
-    return Point(cell.method, one.unit if one.unit in ("key", "key block") else "key", role_of(one), cell.budget, kept, metrics, cost)
+    return Point(cell.method, one.unit if FAMILY_OF_UNIT.get(one.unit) == "attention" else "key", role_of(one), cell.budget, kept, metrics, cost)
 
 
 def _read(path: Path) -> dict[Cell, Point]:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from ..builtin.corpus import Batch
-from ..catalogue import Entry
+from ..catalogue import FAMILY_OF_UNIT, Entry
 from ..errors import BadInput, Unsupported
 from ..fit import calibrate
 from ..tasks.averaging import Averaging
 from .attention_suite_run import Candidate
 from .attention_suite_tasks import Sitting
-from .build import check_settings, places, refuse_untrained, settings_for
+from .build import check_settings, make_plan, refuse_untrained, settings_for
 
 CALIBRATION = 4
 """Sequences of the sitting that a calibrated method is shown, as a user would calibrate on the text that is to be read."""
@@ -23,7 +23,7 @@ CALIBRATION = 4
 
 def check_usable(one: Entry) -> None:
     """Raise BadInput for a card that chooses no keys, or needs training first."""
-    if one.kind not in ("method", "pattern", "cache") or (one.kind == "method" and one.unit not in ("key", "key block")):
+    if one.kind not in ("method", "pattern", "cache") or (one.kind == "method" and FAMILY_OF_UNIT[one.unit] != "attention"):
         raise BadInput(
             f"{one.name} is a {one.kind} of unit {one.unit!r}; the attention suite takes methods named attention/..., patterns and cache policies"
         )
@@ -70,7 +70,7 @@ def prepare(one: Entry, budget: float, settings: Mapping[str, Any], sitting: Sit
             method.observe(averaging.q_BHTD, averaging.k_BGSD, averaging.v_BGSD)
             method.finish()
         return Candidate({"averaging": method})
-    plan = {name: one.load()(**own).eval() for name in places(sitting.model, one, "")}
+    plan = make_plan(sitting.model, one, "", budget, settings_for(one, settings))
     return Candidate(_calibrated(sitting.model, plan, sitting) if one.fitted == "calibrated" else plan)
 
 

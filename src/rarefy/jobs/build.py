@@ -8,20 +8,18 @@ from typing import Any
 
 from torch import nn
 
-from ..catalogue import Entry, entry
+from ..catalogue import FAMILY_OF_UNIT, Entry, entry
 from ..errors import BadInput, RarefyError, Unsupported
 from ..families import config_of
 from ..latents.dictionary import Widths
 from ..method import Sparse
 from ..site import Site, sites
 
-DEFAULT_SITES = {"weight": "layers.*.*_proj", "neuron": "layers.*.*_proj", "key": "layers.*.attn", "key block": "layers.*.attn"}
-KINDS = {"latent": "stream", "weight": "linear", "neuron": "linear", "key": "attention", "key block": "attention"}
-
-
-FILLED_IN = {"latent": {"d_in", "d_out", "width", "k", "seed"}, "weight": {"d_in", "d_out", "bias", "budget"}}
-FILLED_IN |= {"neuron": FILLED_IN["weight"], "key": {"budget"}, "key block": {"budget"}}
-"""Unit -> constructor arguments that a command fills in itself, from its own options or from the model."""
+DEFAULT_SITES = {"weights": "layers.*.*_proj", "neurons": "layers.*.*_proj", "attention": "layers.*.attn"}
+KINDS = {"latents": "stream", "weights": "linear", "neurons": "linear", "attention": "attention"}
+_LINEAR = {"d_in", "d_out", "bias", "budget"}
+FILLED_IN = {"latents": {"d_in", "d_out", "width", "k", "seed"}, "weights": _LINEAR, "neurons": _LINEAR, "attention": {"budget"}}
+"""Family -> constructor arguments that a command fills in itself, from its own options or from the model."""
 
 
 def check_names(names: list[str]) -> list[Entry]:
@@ -51,7 +49,7 @@ def check_budget(budget: float) -> None:
 
 def takes(card: Entry) -> list[str]:
     """A method's own arguments: those of its constructor that no command fills in."""
-    return sorted(_arguments(card) - FILLED_IN[card.unit])
+    return sorted(_arguments(card) - FILLED_IN[FAMILY_OF_UNIT[card.unit]])
 
 
 def fixes_k(card: Entry) -> bool:
@@ -66,7 +64,7 @@ def check_settings(cards: list[Entry], settings: Mapping[str, Any]) -> None:
             raise BadInput(f"--set {name}: {value!r} is a {type(value).__name__}; give a number, true, false or a word")
         if any(name in takes(card) for card in cards):
             continue
-        if any(name in _arguments(card) & FILLED_IN[card.unit] for card in cards):
+        if any(name in _arguments(card) & FILLED_IN[FAMILY_OF_UNIT[card.unit]] for card in cards):
             raise BadInput(f"--set {name}: a method's {name} comes from the model or from an option of its own, --{name}")
         own = "; ".join(f"{card.name} has {', '.join(takes(card)) or 'none'}" for card in cards)
         raise BadInput(f"no argument {name!r} to --set; {own}")
@@ -83,9 +81,9 @@ def _arguments(card: Entry) -> set[str]:
 
 def places(model: nn.Module, card: Entry, pattern: str) -> dict[str, Site]:
     """Sites that a pattern names, refusing those the method cannot serve."""
-    pattern = pattern or DEFAULT_SITES.get(card.unit, f"layers.{config_of(model).num_hidden_layers // 2}.resid_post")
+    pattern = pattern or DEFAULT_SITES.get(FAMILY_OF_UNIT[card.unit], f"layers.{config_of(model).num_hidden_layers // 2}.resid_post")
     found = sites(model, pattern)
-    wanted = KINDS[card.unit]
+    wanted = KINDS[FAMILY_OF_UNIT[card.unit]]
     wrong = [s.name for s in found.values() if s.kind != wanted]
     if wrong:
         raise Unsupported(f"{card.name} works at {wanted} sites; {wrong[0]} is a {found[wrong[0]].kind} site: `rarefy sites MODEL` lists them")
@@ -130,6 +128,9 @@ def make_plan(model: nn.Module, card: Entry, pattern: str, budget: float, settin
     cls, own = card.load(), _own(card, settings)
     plan: dict[str, Sparse] = {}
     for name, site in places(model, card, pattern).items():
+        if cls.serves_all and plan:
+            plan[name] = next(iter(plan.values()))
+            continue
         try:
             if site.kind == "attention":
                 given = {"budget": budget} if "budget" in _arguments(card) else {}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..builtin.corpus import Text
-from ..catalogue import Entry, entry
+from ..catalogue import FAMILY_OF_UNIT, Entry, entry
 from ..errors import BadInput, Damaged
 from ..frontier import Judge, Point
 from ..latents.dictionary import Dictionary
@@ -26,7 +26,7 @@ from .flows import open_beside, plain
 from .judge_error import error_parts
 from .judge_joined import Lost, flow_in, judge_joined, told, verdicts
 from .models import Opened, check_context, cut_text, digest, opened, probe, read_documents
-from .report import PLURAL, page, unit_panel, verdict, write_report
+from .report import page, unit_panel, verdict, write_report
 from .screen import Screen, points_table
 from .sweep import Fitter, role_of
 
@@ -122,7 +122,7 @@ def _others(request: FitRequest, against: list[str]) -> list[Entry]:
     cards = check_names(names) if names else []
     unit = entry(request.methods[0]).unit
     for card in cards:
-        if PLURAL[card.unit] != PLURAL[unit]:
+        if FAMILY_OF_UNIT[card.unit] != FAMILY_OF_UNIT[unit]:
             raise BadInput(f"{card.name} selects {card.unit}s and the run's methods {unit}s; compare like with like")
         if unit == "latent" and card.fitted != "none":
             both = ",".join([*request.methods, card.name])
@@ -144,7 +144,7 @@ def _report(bench: _Bench, dense: bool, data: str, screen: Screen) -> JudgeResul
     axes: dict[str, Any] = {"x": ("l0", "latents active a token")} if latent else {}
     title = f"{bench.run.resolve().name}: {', '.join(dict.fromkeys(p.method for p in points if p.role == 'method'))}"
     report = page(
-        title, bench.model, bench.text, data, [unit_panel(PLURAL[points[0].unit], points, said, **axes)], screen,
+        title, bench.model, bench.text, data, [unit_panel(FAMILY_OF_UNIT[points[0].unit], points, said, **axes)], screen,
         points=points, log=bench.run / "log.jsonl", latents=latents, notes=notes, same=data == bench.request.data,
     )
     write_report(bench.run, report)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..builtin.corpus import Text
+from ..catalogue import FAMILY_OF_UNIT
 from ..errors import BadInput
 from ..frontier import Frontier, Point
 from ..store.lines import read_lines
@@ -23,7 +24,6 @@ from ..ui.report import NAME
 from .models import Opened
 from .screen import Screen
 
-PLURAL = {"latent": "latents", "weight": "weights", "neuron": "neurons", "key": "attention", "key block": "attention"}
 QUESTIONS = {
     "latents": "How much of the stream do a few active latents carry?",
     "weights": "How many weights can go before the text is predicted worse?",
@@ -121,9 +121,9 @@ def verdict(points: Sequence[Point]) -> str:
     """
     said = []
     judged = [p for p in points if p.role != "dense" and p.budget < 1]
-    for unit in dict.fromkeys(PLURAL[p.unit] for p in judged):
+    for unit in dict.fromkeys(FAMILY_OF_UNIT[p.unit] for p in judged):
         for budget in sorted({p.budget for p in judged}):
-            row = [p for p in judged if p.budget == budget and PLURAL[p.unit] == unit]
+            row = [p for p in judged if p.budget == budget and FAMILY_OF_UNIT[p.unit] == unit]
             if len(row) < 2:
                 continue
             first, second, *_ = sorted(row, key=lambda p: p.metrics["ce_increase"].mean)
@@ -137,8 +137,8 @@ def verdict(points: Sequence[Point]) -> str:
 def sweep_report(request: Any, opened: Opened, text: Text, frontier: Frontier, screen: Screen) -> dict[str, Any]:
     """The page of a sweep."""
     units = []
-    for unit in dict.fromkeys(PLURAL[p.unit] for p in frontier.points):
-        points = [p for p in frontier.points if PLURAL[p.unit] == unit]
+    for unit in dict.fromkeys(FAMILY_OF_UNIT[p.unit] for p in frontier.points):
+        points = [p for p in frontier.points if FAMILY_OF_UNIT[p.unit] == unit]
         units.append(unit_panel(unit, points, verdict(points)))
     notes = [
         "Intervals are 95 % over held-out documents. A method's place is clear only where intervals do not overlap.",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..catalogue import Entry
+from ..catalogue import FAMILY_OF_UNIT, Entry
 from ..errors import BadInput
 from ..fit import calibrate
 from ..frontier import Frontier, Judge
@@ -15,7 +15,7 @@ from ..method import Sparse
 from .build import check_budget, check_names, check_settings, make_plan, places, refuse_untrained, settings_for
 from .folder import refuse_early, run_folder
 from .models import Opened, check_context, cut_text, digest, opened, probe, read_documents
-from .report import PLURAL, sweep_report, verdict, write_report
+from .report import sweep_report, verdict, write_report
 from .request import Request
 from .screen import Screen, points_table
 
@@ -132,7 +132,7 @@ def sweep(request: SweepRequest, *, screen: Screen) -> SweepResult:
             )
         rank = {name: i for i, name in enumerate(cards)}
         frontier.points.sort(key=lambda p: (rank.get(p.method, len(rank)), p.method, p.budget))
-        units = {PLURAL[p.unit]: p.unit for p in frontier.points}
+        units = {FAMILY_OF_UNIT[p.unit]: p.unit for p in frontier.points}
         frontier.points[:0] = [judge.dense(unit) for unit in units.values()]
         result = SweepResult(frontier, verdict(frontier.points))
         write_report(request.out, sweep_report(request, model, text, frontier, screen))

@@ -91,10 +91,11 @@ class Scatterbrain(TokenAttention):
         def at(x: Tensor) -> Tensor:
             return x.gather(2, index.clamp_min(0).flatten(2)[..., None].expand(-1, -1, -1, x.shape[-1])).unflatten(2, index.shape[2:])
 
-        exact, there = (at(k) @ q[..., None])[..., 0], index >= 0
-        rough = (log_q[..., None, :] + at(log_k)).logsumexp(-1) - math.log(self.features)
-        top = torch.maximum(torch.maximum(exact, rough).detach().masked_fill(~there, -torch.inf).amax(-1, keepdim=True), size)
-        change = ((exact - top).exp() - (rough - top).exp()) * there
+        there = index >= 0
+        exact = (at(k) @ q[..., None])[..., 0].masked_fill(~there, -torch.inf)
+        rough = ((log_q[..., None, :] + at(log_k)).logsumexp(-1) - math.log(self.features)).masked_fill(~there, -torch.inf)
+        top = torch.maximum(torch.maximum(exact, rough).detach().amax(-1, keepdim=True), size)
+        change = (exact - top).exp() - (rough - top).exp()
         total = sums * (size - top).exp() + (change[..., None, :] @ at(v))[..., 0, :]
         return total[..., :-1] / total[..., -1:].clamp_min(torch.finfo(total.dtype).tiny)
 

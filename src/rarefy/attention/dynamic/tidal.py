@@ -30,6 +30,7 @@ class Tidal(TokenAttention):
     """
 
     name = "attention/tidal"
+    serves_all = True
 
     def __init__(self, budget: float = 0.25, dense: int = 2, every: int = 14) -> None:
         super().__init__(budget)
