@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .errors import Unsupported
+from .errors import BadInput, Unsupported
 
 EXTRAS = ("hidden", "cache", "positions", "rotary")
 """What a method's `wants` may name."""
@@ -149,6 +149,17 @@ def _positions(given: Tensor | None, padding_BS: Tensor | None, T: int, S: int, 
     return (padding_BS.long().cumsum(1) - 1).clamp_min(0)[:, S - T :]
 
 
+def _one_device(name: str, module: nn.Module, method: Any) -> None:
+    """Raise BadInput for a method whose tensors are elsewhere than the layer; layers that are loaded as they are needed (meta) have no place yet."""
+    here = {t.device for t in module.parameters()} - {torch.device("meta")}
+    if len(here) != 1 or not isinstance(method, nn.Module):
+        return
+    (device,) = here
+    for what, tensor in (*method.named_parameters(), *method.named_buffers()):
+        if tensor.device != device:
+            raise BadInput(f"{name} is on {device} and the method's {what} on {tensor.device}: move it with method.to({str(device)!r})")
+
+
 @contextlib.contextmanager
 def attached(model: nn.Module, plan: Mapping[str, tuple[str, Any]]) -> Iterator[None]:
     """Route the attention modules of `plan` (module path -> (site name, method)) to their methods.
@@ -165,6 +176,7 @@ def attached(model: nn.Module, plan: Mapping[str, tuple[str, Any]]) -> Iterator[
     for path, (name, method) in plan.items():
         module = model.get_submodule(path)
         _refusals(name, module)
+        _one_device(name, module, method)
         if unknown := set(getattr(method, "wants", ())) - set(EXTRAS):
             raise Unsupported(f"{name}: the method wants {', '.join(sorted(unknown))}; the router has {', '.join(EXTRAS)}")
         methods[id(module)] = (name, method)

@@ -47,6 +47,16 @@ def test_arguments_that_a_method_does_not_have_are_named():
         rarefy.replaced(build("llama"), attention="pattern", expression="window(4)").__enter__()
 
 
+def test_a_method_on_another_device_than_its_layer_is_refused():
+    model, ids = build("llama").eval(), torch.arange(40).view(1, 40) % 29
+    plan, _ = put_in("attention/loki", model, ids)
+    plan["layers.1.attn"].to("meta")
+    with pytest.raises(BadInput, match=r"layers\.1\.attn is on cpu and the method's .* on meta"):
+        rarefy.replaced(model, plan).__enter__()
+    with rarefy.replaced(model, {"layers.0.attn": plan["layers.0.attn"]}):
+        pass
+
+
 def test_batches_without_ids_are_refused():
     model = build("llama").eval()
     with pytest.raises(BadInput, match="input_ids"):
