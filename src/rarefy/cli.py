@@ -383,7 +383,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     return guarded(app, [a for a in arguments if a != "--debug"], debug="--debug" in arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -152,7 +152,7 @@ def test_torchrun(root: Path) -> None:
     folder = root / "torchrun"
     folder.mkdir()
     env = {**os.environ, "PYTHONPATH": str(Path(rarefy.__file__).parents[1]), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rarefy.cli"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rarefy"]
     done = subprocess.run([*start, *words(folder, "--json")], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout)["fitted"]                # one result, of one process

@@ -28,7 +28,7 @@ COMMANDS = tuple(typer.main.get_command(app).commands)  # type: ignore[attr-defi
 def shell(*words: Any, **environment: str) -> subprocess.CompletedProcess[bytes]:
     """A command in a process of its own."""
     settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([sys.executable, "-m", "rarefy.cli", *map(str, words)], capture_output=True, timeout=120, env={**os.environ, **settings})
+    return subprocess.run([sys.executable, "-m", "rarefy", *map(str, words)], capture_output=True, timeout=120, env={**os.environ, **settings})
 
 
 def test_no_help_imports_anything_heavy() -> None:
@@ -117,12 +117,12 @@ def test_any_encoding_and_width(environment: dict[str, str], tmp_path: Path) -> 
 
 def test_names_that_are_no_unicode(tmp_path: Path) -> None:
     odd = os.fsencode(tmp_path) + b"/\xff\x1b[31mred"
-    got = subprocess.run([sys.executable, "-m", "rarefy.cli", "check", odd], capture_output=True, timeout=60)
+    got = subprocess.run([sys.executable, "-m", "rarefy", "check", odd], capture_output=True, timeout=60)
     assert got.returncode == 2 and b"Traceback" not in got.stderr and b"\x1b" not in got.stderr and got.stderr.count(b"\n") == 1
 
 
 def test_a_reader_that_goes_away() -> None:
-    with subprocess.Popen([sys.executable, "-m", "rarefy.cli", "methods", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, "-m", "rarefy", "methods", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
         process.stdout.close()
         said = process.stderr.read()
@@ -240,7 +240,7 @@ def test_ctrl_c_while_a_model_is_saved(run: Run, tiny: Path, corpus: Path, tmp_p
 def test_a_real_process_and_a_real_signal(run: Run, fit_words: list[Any], tmp_path: Path, signum: int, code: int) -> None:
     words = ["fit", "latents/topk", *fit_words, "--steps", 2500]
     log = tmp_path / "run/log.jsonl"
-    command = [sys.executable, "-m", "rarefy.cli", *map(str, words)]
+    command = [sys.executable, "-m", "rarefy", *map(str, words)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
         while not log.exists() and process.poll() is None:
             time.sleep(0.02)

@@ -37,7 +37,7 @@ def made(tmp_path_factory):
         fit += [f"--{name}", str(getattr(asked, name))]
     said = ""
     for words in (fit, ["judge", str(asked.out), "--against", "dense,latents/random", "--tokens", "600"]):
-        done = subprocess.run([sys.executable, "-m", "rarefy.cli", *words], env=env, capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, "-m", "rarefy", *words], env=env, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         said += done.stdout + done.stderr
     return base, said
