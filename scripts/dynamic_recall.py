@@ -21,6 +21,8 @@ OTHER = {
     "attention/twilight": {"page": BLOCK}, "attention/sparge": {"theta": -1.0},
     "attention/tidal": {"dense": 1}, "attention/lserve": {"part": BLOCK}, "attention/minference": {"side": BLOCK},
     "attention/squeezed": {"segment": 64, "size": 4},
+    "attention/adaspa": {"query_block": BLOCK}, "attention/chunked": {"chunk": 64, "last": 16},
+    "attention/antidiagonal": {"query_block": BLOCK, "stride": 4}, "attention/antidiagonal_top_p": {"query_block": BLOCK, "stride": 4},
 }
 """Arguments beside budget and block: sizes fit for 228 tokens; no guard for SpargeAttn, which would keep every block of this text."""
 

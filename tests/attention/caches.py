@@ -15,7 +15,7 @@ from site_models import inputs
 
 SMALL: dict[str, dict[str, Any]] = {
     "random": {}, "window": {"sinks": 2}, "h2o": {}, "snapkv": {"window": 4, "kernel": 3}, "pages": {"page": 4},
-    "mustafar": {"recent": 4}, "csr": {"recent": 4, "atoms": 40, "rounds": 2}, "shadow": {"chunk": 4, "outliers": 1},
+    "mustafar": {"recent": 4}, "csr": {"recent": 4, "atoms": 40, "rounds": 2}, "shadow": {"chunk": 4, "outliers": 1, "local": 1},
     "shared": {}, "alisa": {"local": 3}, "probe": {"block": 4}, "sentinel": {"opening": 61, "closing": 62},
     "adore": {"states": 4, "steps": 4}, "attamba": {"recent": 4, "sinks": 2, "steps": 3},
 }

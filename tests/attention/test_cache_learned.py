@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rarefy.attention.cache import make
 from rarefy.attention.cache.attamba import fit_rates
-from rarefy.attention.cache.controller import Controller, fit_controller, wanted
+from rarefy.attention.cache.controller import Controller, attended, fit_controller, wanted
 from rarefy.errors import BadInput
 
 
@@ -61,11 +61,13 @@ def test_adore_attends_to_what_its_controller_names(most: int | None) -> None:
 
 def test_targets_are_the_top_of_full_attention() -> None:
     q, k, _ = qkv(1, 4, 2, 12, 8, seed=1)
-    got = wanted(q, k, 8**-0.5, 0.4)
+    weight = attended(q, k, 8**-0.5)
+    got = wanted(weight, 0.4)
     for g in range(2):
         for t in range(12):
             p = sum((k[0, g, : t + 1].double() @ q[0, h, t].double() / 8**0.5).softmax(-1) for h in (2 * g, 2 * g + 1))
             assert isinstance(p, Tensor)
+            torch.testing.assert_close(weight[0, g, t, : t + 1].double(), p / 2, rtol=1e-5, atol=1e-6)
             assert sorted(p.topk(max(1, round(0.4 * (t + 1)))).indices.tolist()) == got[0, g, t].nonzero()[:, 0].tolist()
 
 
@@ -87,6 +89,22 @@ def test_a_fitted_controller_names_what_is_asked_for_again() -> None:
         return float(same.gather(-1, keep).float().mean())
 
     assert found(1) < 0.4 and found(200) > 0.7
+
+
+def test_a_controller_names_the_token_that_gets_all_the_probability() -> None:
+    """Full attention goes to the first token; which others are in its top K is noise of no weight, though it is most of the top K."""
+    T, random = 160, torch.Generator().manual_seed(1)
+    x = torch.randn(4, T, 8, generator=random)
+    k = 0.01 * torch.randn(4, 1, T, 8, generator=random)
+    k[:, :, 0] = 2.0
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        made = fit_controller([(x, torch.ones(4, 1, T, 8), k, 1.0)], 8, 0.5, 20)
+    with torch.no_grad():
+        z = made.gru(x)[0]
+        score = made(z, z, torch.arange(T).expand(4, T))[:, 0, 20:]
+    above = ((score > score[..., :1]) & torch.ones(T, T, dtype=torch.bool).tril(-1)[20:]).sum(-1)
+    assert float((above < torch.arange(20, T) / 2).float().mean()) > 0.95
 
 
 def test_attamba_attends_to_states_at_chunk_ends() -> None:

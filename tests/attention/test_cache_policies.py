@@ -193,6 +193,20 @@ def test_pursuit_finds_planted_atoms_and_its_error_falls() -> None:
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5 * errors[0]
 
 
+def test_compiled_pursuit_takes_the_atoms_that_plain_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rarefy.kernels import native
+
+    random = torch.Generator().manual_seed(2)
+    atoms = torch.nn.functional.normalize(torch.randn(30, 12, generator=random), dim=-1)
+    x = torch.randn(80, 12, generator=random)
+    x[3], x[4] = 0.0, 2 * atoms[7]                                # nothing to code; one atom is all of it
+    compiled = pursue(x, atoms, 5)
+    monkeypatch.setattr(native, "serves", lambda *given, **rest: False)
+    plain = pursue(x, atoms, 5)
+    assert torch.equal(compiled[0], plain[0]) and compiled[1][3].eq(0).all() and compiled[1][4].tolist()[1:] == [0.0] * 4
+    torch.testing.assert_close(compiled[1], plain[1], rtol=1e-8, atol=1e-9)
+
+
 def test_fitted_atoms_code_better_than_samples_of_the_text() -> None:
     random = torch.Generator().manual_seed(0)
     truth = torch.nn.functional.normalize(torch.randn(24, 16, generator=random), dim=-1)
@@ -243,10 +257,10 @@ def test_rotation_is_the_models_own_and_can_be_undone() -> None:
 
 
 def test_shadow_attends_to_rebuilt_chunks_that_its_landmarks_name() -> None:
-    C, D, T0 = 4, 8, 26
-    q, k, v = qkv(1, 4, 2, 32, D, seed=6)
-    policy = make("shadow", budget=0.5, chunk=C, rank=5, outliers=1)
-    out = drive(policy, q, k, v, [T0, *range(T0 + 1, 33)])
+    C, D, T0 = 4, 8, 34                                           # 8 whole chunks, of which the last two stay exact like the unfinished one
+    q, k, v = qkv(1, 4, 2, 40, D, seed=6)
+    policy = make("shadow", budget=0.5, chunk=C, rank=5, outliers=1, local=2)
+    out = drive(policy, q, k, v, [T0, *range(T0 + 1, 41)])
     flat = k[0, :, :24].transpose(0, 1).flatten(1).double()
     u, s, w = torch.linalg.svd(flat, full_matrices=False)
     low = ((u[:, :5] * s[:5]) @ w[:5]).unflatten(1, (2, D)).transpose(0, 1)
@@ -259,7 +273,7 @@ def test_shadow_attends_to_rebuilt_chunks_that_its_landmarks_name() -> None:
         far = [n for n in range(6) if n != odd]
         keys = torch.cat([low[g], k[0, g, 24:].double()])
         keys[odd * C : odd * C + C] = k[0, g, odd * C : odd * C + C].double()
-        for t in range(T0, 32):
+        for t in range(T0, 40):
             heads = (2 * g, 2 * g + 1)
             p = torch.stack([(mark[far] @ q[0, h, t] / D**0.5).softmax(-1) for h in heads]).amax(0)
             best = [far[i] for i in p.topk(round(0.5 * 5)).indices.tolist()]

@@ -124,11 +124,11 @@ def test_sparge_by_loops():
                 pooled[n] = (queries.mean(0) @ keys.mean(0) / D**0.5).item()
         kept, held = {*fixed, row}, 0.0
         total = sum(math.exp(z) for z in pooled.values())
-        for n in sorted(pooled, key=lambda n: (n != row, -pooled[n])):         # its own block first
-            if held >= p:
+        for rank, n in enumerate(sorted(pooled, key=lambda n: -pooled[n])):
+            held += math.exp(pooled[n]) / total
+            if rank and held > p:                                              # together within p, and the heaviest whatever it holds
                 break
             kept.add(n)
-            held += math.exp(pooled[n]) / total
         assert {n for n in range(8) if got[0, h, row, n]} == kept
     assert unlike > 0 and not got.tril().all()
 

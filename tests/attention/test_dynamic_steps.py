@@ -172,10 +172,10 @@ def test_permuted_blocks_by_their_definition(T):
                 rows = range(start, min(start + 4, T))
                 query, n, near = q[b, h, list(rows)].mean(0), rows[-1] // 2 + 1, start // 8 * 8
                 held = [*order[:near], *range(near, T)]                                      # the own segment stays in order
-                score = torch.stack([query @ k[b, h // 2, held[2 * i : 2 * i + 2]].mean(0) / D**0.5 for i in range(n)]).softmax(0).tolist()
-                always = [i for i in range(n) if i == 0 or 2 * i >= near]
-                total, chosen = sum(score[i] for i in always), list(always)
-                for i in sorted(set(range(n)) - set(always), key=lambda i: -score[i]):  # noqa: B023
+                far = [query @ k[b, h // 2, held[2 * i : 2 * i + 2]].mean(0) / D**0.5 for i in range(near // 2)]
+                score = torch.stack(far).softmax(0).tolist() if far else []                  # of earlier segments alone
+                total, chosen = 0.0, [i for i in range(n) if 2 * i >= near or 0 in held[2 * i : 2 * i + 2]]
+                for i in sorted(range(near // 2), key=lambda i: -score[i]):  # noqa: B023
                     if total >= 0.6:
                         break
                     chosen.append(i)
@@ -195,8 +195,8 @@ def test_sorting_gathers_scattered_keys_into_fewer_blocks():
     q = q + 8 * way
     error, share = {}, {}
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    for permute in (True, False):
-        method = PermutedBlocks(block=8, query_block=8, segment=64, dial=0.9, permute=permute)
+    for permute, dial in ((True, 0.97), (False, 0.7)):                         # the same dial is not the same error: unsorted, more is kept here
+        method = PermutedBlocks(block=8, query_block=8, segment=64, dial=dial, permute=permute)
         error[permute] = float((method(q, k, v) - dense).norm() / dense.norm())
         share[permute] = method.measured_density()
-    assert share[True] < 0.75 * share[False] and error[True] < 1.2 * error[False]
+    assert share[True] < share[False] and error[True] < 0.5 * error[False]

@@ -12,6 +12,7 @@ ATTENTION = [e.name for e in ENTRIES if e.name.startswith("attention/")]
 NOT_ALONE = {
     "attention/swinbert": (Unsupported, "does not stand in for a LlamaAttention"),
     "attention/sparse_video": (BadInput, "frame"),
+    "attention/span": (Unsupported, "does not stand in for a LlamaAttention"),
     "attention/biformer": (Unsupported, "causal"),
 }
 """Methods that a causal language model cannot have by name alone, and what they say."""

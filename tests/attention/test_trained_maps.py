@@ -6,8 +6,10 @@ import pytest
 import torch
 from trained_inputs import SIZES, gradients, qkv
 
+import rarefy.attention.trained.sparsek as sparsek_module
 from rarefy.attention.trained.diff import Diff
-from rarefy.attention.trained.sparsek import SparseK, sparsek
+from rarefy.attention.trained.projection import sparsek
+from rarefy.attention.trained.sparsek import SparseK
 from rarefy.errors import BadInput
 
 
@@ -112,6 +114,27 @@ def test_sparsek_attention_and_its_gradients_are_the_formula(k):
     for a, b in zip(gradients(got, every), gradients(wanted, every), strict=True):
         assert b.abs().sum() > 0                                  # the scorer among them
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("k", [0, 4])
+@pytest.mark.parametrize(("T", "causal"), [(40, True), (17, True), (40, False)])
+def test_sparsek_is_the_same_however_many_queries_are_worked_on_at_a_time(monkeypatch, k, T, causal):
+    """And with a fixed k, keys that were dropped are forgotten without effect."""
+    leaves = q, keys, v = qkv(T, 40, batch=1, seed=4, grad=True)
+    method = SparseK(**SIZES, budget=0.4, k=k, window=3).double()
+    mask = method.choice(q, keys, v, None, 0.4, causal)
+    wanted = method.naive(mask, q, keys, v, None, 0.4, causal)
+    every = [*leaves, *method.parameters()]
+    slopes = gradients(wanted, every)
+    for rows, whole in ((64, 4), (5, 4), (5, 0)):                       # lists, and matrices over the whole context
+        monkeypatch.setattr(sparsek_module, "ROWS", rows)
+        monkeypatch.setattr(sparsek_module, "WHOLE", whole)
+        got = method.attend(q, keys, v, scale=0.4, causal=causal)
+        torch.testing.assert_close(got, wanted)
+        assert method._kept == mask.sum()
+        method.measured_density()
+        for a, b in zip(gradients(got, every), slopes, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
 def test_a_key_that_sparsek_drops_never_returns():

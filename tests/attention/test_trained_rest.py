@@ -194,7 +194,8 @@ def biformer_by_definition(q, k, v, m, height, width):
     for b, h in ((b, h) for b in range(len(q)) for h in range(q.shape[1])):
         g = h * k.shape[1] // q.shape[1]
         for r in names:
-            match = {o: (q[b, h, members[r]].mean(0) @ k[b, g, members[o]].mean(0)).item() for o in names}
+            mean_q = q[b, :, members[r]].mean(1).flatten()                          # heads side by side
+            match = {o: (mean_q @ k[b, :, members[o]].mean(1).repeat_interleave(2, 0).flatten()).item() for o in names}
             to = sorted(names, key=match.__getitem__, reverse=True)[: m.top]
             keys = [t for o in to for t in members[o]]
             for t in members[r]:

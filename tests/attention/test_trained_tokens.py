@@ -184,8 +184,8 @@ def test_sma_fires_everywhere_or_nowhere():
 
 
 def cell_of(s, n, cells=4):
-    """Cell of key s for a query that sees n keys: the one that holds the middle of its stretch."""
-    return next(c for c in range(cells) if c / cells <= (s + 0.5) / n < (c + 1) / cells)
+    """Cell of key s for a query that sees n keys: the one that holds the middle of its stretch, the earlier of two."""
+    return next(c for c in range(cells) if c * n < (s + 0.5) * cells <= (c + 1) * n)
 
 
 @pytest.mark.parametrize(("T", "S", "causal"), [(150, 150, True), (30, 150, True), (5, 150, True), (130, 150, True), (20, 20, False)])

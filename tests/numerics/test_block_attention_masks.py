@@ -200,3 +200,18 @@ def test_bad_masks_and_lists_are_refused() -> None:
     for call, message in bad:
         with pytest.raises(BadInput, match=message):
             call()
+
+
+def test_density_of_a_long_mask_expands_only_what_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rarefy.kernels.block_attention import pairs
+
+    S, seen = 1 << 14, []
+    tile = torch.rand(1, 64, 64, generator=torch.Generator().manual_seed(0)) < 0.3
+    blocks = torch.ones(1, 1, S // 64, S // 64, dtype=torch.bool)
+    mask = BlockMask(blocks, torch.zeros(blocks.shape, dtype=torch.int32), tile, 64, 64)
+    cut = pairs._cut
+    monkeypatch.setattr(pairs, "_cut", lambda chosen, *rest: seen.append(int(chosen.sum())) or cut(chosen, *rest))
+    n, below = S // 64, int(tile[0].tril().sum())
+    want = (n * (n - 1) // 2 * int(tile.sum()) + n * below) / (S * (S + 1) / 2)
+    assert mask.density(S, S, True) == want
+    assert seen == [n]                                                                       # the diagonal's

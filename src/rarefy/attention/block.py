@@ -14,20 +14,13 @@ from torch.nn.functional import pad
 
 from ..cost import Cost
 from ..errors import BadInput
-from ..kernels.block_attention import Allowed, BlockMask, block_attention, block_attention_reference, blocks_of, top_pages
+from ..kernels.block_attention import Allowed, BlockMask, block_attention, block_attention_reference, blocks_of, highest, top_pages
 from ..method import fraction, positive
 from ..selection import Selection, check_finite
 from .counted import Counted
 
-
-def highest(score: Tensor, keep: Tensor) -> Tensor:
-    """[..., N] bool: the `keep` [..., 1] highest scores of each row, of equal ones those with the lower index."""
-    if not score.numel():
-        return torch.zeros_like(score, dtype=torch.bool)
-    order = score.topk(int(keep.max()), dim=-1).values
-    least = order.gather(-1, (keep - 1).expand(*score.shape[:-1], 1))
-    above, level = score > least, score == least
-    return above | level & (level.cumsum(-1) <= keep - above.sum(-1, keepdim=True))
+AT_ONCE = 256
+"""Queries that choose at a time where each chooses for itself: their scores are held, not those of all pairs."""
 
 
 class BlockAttention(Counted):
@@ -49,11 +42,15 @@ class BlockAttention(Counted):
     prefill_only: ClassVar[bool] = False
     """True where the paper leaves decoding steps dense."""
 
+    by_query: ClassVar[bool] = False
+    """True where a query's choice follows from itself and the keys up to its own, so that a prefill may choose some queries at a time."""
+
     def __init__(self, budget: float = 0.25, block: int = 16, query_block: int = 1) -> None:
         super().__init__()
         self._budget = fraction("budget", budget)
         self.block, self.query_block = positive("block", block), positive("query_block", query_block)
         self._cache: Any = None
+        self._described: Tensor | None = None
         self._row, self._layer = -1, 0
 
     @property
@@ -71,6 +68,8 @@ class BlockAttention(Counted):
 
     def summary(self, k_BGSD: Tensor) -> Tensor:
         """`describe` of all keys; where the layer's cache keeps summaries (`cache.summary(name, make, every)`), of new blocks alone."""
+        if self._described is not None:
+            return self._described[:, :, : -(-k_BGSD.shape[2] // self.block)]
         keep = getattr(self._cache, "summary", None)
         return self.describe(k_BGSD) if keep is None else keep(f"{self.name}/{self.block}", self.describe, self.block)
 
@@ -200,11 +199,27 @@ class BlockAttention(Counted):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
         if not q.numel():
             return torch.zeros_like(q)
+        if self.by_query and causal and self._rows(q.shape[2]) == 1 and AT_ONCE < q.shape[2]:
+            return self._attend_in_turn(q, k, v, scale)
         self._shape = (q.shape[1], q.shape[-1], k.shape[2], q.shape[2])
         rows, unit = self._rows(q.shape[2]), scale * q.shape[-1] ** 0.5
         mask = self._chosen(q if abs(unit - 1) < 1e-12 else q * unit, k, v, causal)
         self._count(mask, q.shape[2], k.shape[2], causal)
         return block_attention(q, k, v, mask, block=self.block, query_block=rows, scale=scale, causal=causal, allowed=self.allowed())
+
+    def _attend_in_turn(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """`_attend` of AT_ONCE queries at a time to the keys up to the last of them; keys are described once."""
+        T, S, parts, cache = q.shape[2], k.shape[2], [], self._cache
+        try:
+            self._described = self.summary(k.detach()) if type(self).describe is not BlockAttention.describe else None
+            self._cache = None                       # it keeps descriptions of all keys
+            for start in range(0, T, AT_ONCE):
+                stop = min(T, start + AT_ONCE)
+                parts.append(self._attend(q[:, :, start:stop], k[:, :, : S - T + stop], v[:, :, : S - T + stop], scale, True))
+        finally:
+            self._described, self._cache = None, cache
+        self._shape = (q.shape[1], q.shape[-1], S, T)
+        return torch.cat(parts, 2)
 
     @torch.no_grad()
     def _count(self, mask_BHQN: Tensor, T: int, S: int, causal: bool) -> None:

@@ -1,7 +1,7 @@
 """QUEST (Tang et al. 2024, arXiv 2406.10774): pages whose bounds promise the largest logit.
 
 A page is described by the channel-wise minimum m and maximum M of its keys; for a query q no key of the page can score
-above sum_d max(q_d m_d, q_d M_d) (sec. 3.3, alg. 1). The pages with the highest bounds are attended to exactly.
+above sum_d max(q_d m_d, q_d M_d). The pages with the highest bounds are attended to exactly.
 
 Shape letters: B = batch, H = query heads, G = key heads, T = queries, S = keys, D = head width, Q = query blocks, N = pages.
 """
@@ -23,7 +23,8 @@ STRIP = 1024
 class Quest(BlockAttention):
     """Top pages by their upper bound; the query's own page always counts among them.
 
-    The paper leaves prefill and the first two layers dense; here a plan says which layers, and prefill selects too.
+    The paper leaves prefill and the first two layers dense; here a plan says which layers, and prefill selects too. Its kernel counts the
+    newest page within the budget, as here; its evaluation lets that page compete, and keeps three pages at least.
     With query_block > 1 a block's bound is the largest of its queries'.
     """
 

@@ -41,7 +41,7 @@ def smallest(gap_BHTN: Tensor, S: int, rows: int) -> Tensor:
 class Blasst(Levels):
     """Skip a block whose largest logit is more than ln(n / dial) below the running maximum, n the keys that a query sees.
 
-    A threshold that falls as 1 / n keeps the same share of blocks at every length (the paper's calibration, sec. 3.3). The query's own
+    A threshold that falls as 1 / n keeps the same share of blocks at every length (the paper's calibration). The query's own
     block is always kept. Skipped mass is at most dial * (share of blocks skipped) of what the largest key has.
 
     Args:

@@ -1,6 +1,6 @@
 """Double Sparsity (Yang et al. 2024, arXiv 2408.07092): few channels tell which keys matter.
 
-Offline, channels of each head are ranked by how much they add to |q . k|: the mean of |q_c k_c| (sec. 3.2). The cache keeps a copy of
+Offline, channels of each head are ranked by how much they add to |q . k|: the mean of |q_c k_c|. The cache keeps a copy of
 the keys in the r best channels, the labels; a step scores all keys with those, and attends exactly to the best.
 
 Shape letters as in scores.py; R = channels kept.
@@ -23,7 +23,8 @@ class DoubleSparsity(Fitted):
     """Top keys by q . k over calibrated channels.
 
     One choice of channels a key head, over all its query heads. The mean of |q_c k_c| is taken over all pairs of a position's q and
-    another's k, where it is the product of the two means; the paper leaves prefill dense, here it selects too.
+    another's k, where it is the product of the two means (the authors' code multiplies a position's own q and k, one choice a query head, and keeps
+    labels in 4 bits); the paper leaves prefill dense, here it selects too.
 
     Args:
         budget: fraction of the keys that a query can see.
@@ -32,6 +33,7 @@ class DoubleSparsity(Fitted):
 
     name = "attention/double_sparsity"
     unit = "key"
+    by_query = True
     wants = ("cache",)
     labels_GD: Tensor
 

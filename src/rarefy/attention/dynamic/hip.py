@@ -1,11 +1,12 @@
 """HiP (Lee et al. 2024, arXiv 2406.09827): the best keys by tournament, in O(log S) rounds.
 
 The keys that a query sees are cut into 2 k chunks. Each is judged by the block in its middle; the best k are cut in two, and so on until
-chunks are single blocks (alg. 1). Neighbours score alike, so the winner of a chunk leads near the chunk's best. Each round looks at 2 k
+chunks are single blocks. Neighbours score alike, so the winner of a chunk leads near the chunk's best. Each round looks at 2 k
 blocks, and there are about log2(n / 2 k) + 1 of n blocks.
 
 A middle block is judged by the largest logit of its keys with the queries that share the choice. With block=1 that is the paper's
-representative key; the query's own block is kept without a contest.
+representative key; the query's own block is kept without a contest. Of the authors' code earlier versions judge a chunk by its first block and
+later ones by its middle; it keeps a window and first keys beside, and asks every second query of a block.
 Shape letters as in scores.py; C = chunks in the contest, M = keys in a block, R = queries that share a choice.
 """
 

@@ -1,7 +1,7 @@
 """Loki (Singhania et al. 2024, arXiv 2406.02542): keys lie near few directions, which suffice to rank them.
 
 Offline, the principal components of each head's keys. Queries and keys are turned into that basis, which leaves products as they are;
-the first d components give approximate scores of all keys, and the best are attended to exactly (sec. 4, alg. 1).
+the first d components give approximate scores of all keys, and the best are attended to exactly.
 
 Shape letters as in scores.py; R = components kept.
 """
@@ -29,6 +29,7 @@ class Loki(Fitted):
 
     name = "attention/loki"
     unit = "key"
+    by_query = True
     wants = ("cache",)
     basis_GDD: Tensor
 

@@ -2,7 +2,7 @@
 
 Half of the heads look at the first and the newest keys only; the others choose pages. A page is stored whole and judged in parts: each
 logical page of `part` keys keeps the channel-wise minimum and maximum of its keys, the bound on its logits is that of QUEST, and the page's
-score the largest of its parts' (sec. 3.5). The chosen pages serve `reuse` queries in a row, by the choice of the first of them.
+score the largest of its parts'. The chosen pages serve `reuse` queries in a row, by the choice of the first of them.
 
 Which heads stream: those with the most attention on the first and newest keys, in calibration text; the paper takes DuoAttention's learned
 gates. Its budget is a constant number of pages; here it is a share of what a query sees, as everywhere. Other heads are dense in

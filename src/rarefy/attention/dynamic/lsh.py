@@ -1,4 +1,4 @@
-"""Sparse attention of HT Demucs (Rouard et al. 2023, arXiv 2211.08553, sec. 3.2): pairs that hash alike often enough.
+"""Sparse attention of HT Demucs (Rouard et al. 2023, arXiv 2211.08553): pairs that hash alike often enough.
 
 Queries and keys are hashed into few buckets, many times over; pairs that share their bucket in at least a threshold of rounds are attended
 to, and the threshold is set for a target sparsity. Buckets are signs of random projections here.
@@ -28,6 +28,7 @@ class LSH(Levels):
 
     name = "attention/lsh"
     unit = "key"
+    by_query = True
     wants = ("cache",)
 
     def __init__(self, budget: float = 0.1, dial: int = 0, rounds: int = 32, bits: int = 2, seed: int = 0) -> None:

@@ -1,13 +1,14 @@
 """MagicPIG (Chen et al. 2024, arXiv 2410.16179): keys drawn by hashing, weighed by the odds of being drawn.
 
 Where attention is spread out, the largest weights say little of the mean over all. Keys that share their bucket with the query in two of L
-tables of K bits are a sample of all keys with probabilities known in closed form (eq. 8),
+tables of K bits are a sample of all keys with probabilities known in closed form,
     u = 1 - (1 - p^K)^L - L p^K (1 - p^K)^(L - 1),   p = 1 - angle(q, k - c) / pi,
-so softmax over the sample of logits minus log u estimates the whole softmax (self-normalised importance sampling, alg. 1). First and recent
-keys are attended to exactly. Keys are hashed about their mean c, since they lie on one side of the origin (sec. 4.3).
+so softmax over the sample of logits minus log u estimates the whole softmax (self-normalised importance sampling). First and recent
+keys are attended to exactly. Keys are hashed about their mean c, since they lie on one side of the origin.
 
-The paper takes c over the prompt and hashes in decoding only. Here prefill draws too, and c is the mean of the first `centre` keys, so that a
-query's draw does not depend on what follows it; queries that see no more than those attend to everything.
+The paper takes c over the prompt but for first and recent keys, and hashes in decoding only. Here prefill draws too, and c is the mean of the
+first `centre` keys but for the sinks, so that a query's draw does not depend on what follows it; queries that see no more than those attend to
+everything. The authors' kernel adds 1e-4 to u, here it is exact.
 Shape letters as in hashing.py; X = listed keys.
 """
 
@@ -33,7 +34,7 @@ class MagicPIG(TokenAttention):
         tables: more draw more keys.
         sinks: first keys that are always attended to.
         window: newest keys that are always attended to, the query's own among them.
-        centre: keys at the start whose mean is taken off before hashing.
+        centre: keys at the start whose mean, but for the sinks among them, is taken off before hashing.
         seed: of the hyperplanes; averaged over seeds, numerator and normaliser are those of dense attention.
     """
 
@@ -69,7 +70,7 @@ class MagicPIG(TokenAttention):
         return collisions(codes(q_BHTD, normal, self.bits), code_k) >= 2
 
     def _centre(self, k_BGSD: Tensor) -> Tensor:
-        return k_BGSD[:, :, : self.centre].mean(2, keepdim=True)
+        return k_BGSD[:, :, min(self.sinks, self.centre - 1) : self.centre].mean(2, keepdim=True)
 
     def choose(self, q_BHTD: Tensor, k_BGSD: Tensor, causal: bool) -> Tensor:
         """[B, H, T, S] bool."""

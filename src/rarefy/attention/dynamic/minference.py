@@ -1,7 +1,7 @@
 """MInference (Jiang et al. 2024, arXiv 2407.02490): each head has the pattern that serves it best, found once offline.
 
 Three patterns at one budget: a window with sinks (A-shape), columns and diagonals (vertical-slash), blocks by pooled products
-(block-sparse). On calibration text a head takes the one whose output is nearest to dense attention's (alg. 1). For prefill: decoding is dense.
+(block-sparse). On calibration text a head takes the one whose output is nearest to dense attention's. For prefill: decoding is dense.
 
 Shape letters as in scores.py.
 """
@@ -13,9 +13,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ...kernels.block_attention import BlockMask
+from ...kernels.block_attention import BlockMask, block_attention
 from ...method import positive
 from ..heads import per_head
+from .by_lines import ByLines, visible
 from .fitted import Fitted
 from .pooled import Pooled
 from .scores import later, logits
@@ -34,10 +35,19 @@ def a_shape(T: int, S: int, budget: float, sinks: int, causal: bool, device: tor
     return far_TS <= max(0, int((count_S <= budget * int(seen_TS.sum())).sum()) - 1)
 
 
-class MInference(Fitted):
+def a_reach(T: int, S: int, budget: float, sinks: int) -> int:
+    """The window of `a_shape` in a causal prefill, as its farthest distance, from counts of pairs and not the pairs."""
+    at_S = torch.arange(S)
+    outside_S = (S - (sinks + at_S).clamp_min(S - T)).clamp_min(0)                     # pairs at a distance whose key is no sink
+    count_S = outside_S.cumsum(0) + (S - at_S[:sinks]).clamp_max(T).sum()
+    return max(0, int((count_S <= budget * visible(T, S)).sum()) - 1)
+
+
+class MInference(ByLines, Fitted):
     """The pattern of each head, at one budget.
 
-    The paper searches counts of columns and diagonals too, at equal FLOPs; here the budget fixes them (see attention/vertical_slash).
+    The paper searches counts of columns and diagonals too, at equal FLOPs; here the budget fixes them (see attention/vertical_slash). Its code counts
+    the outputs that are off by more than 0.005, or the attention kept; here errors are squared, which needs no threshold.
 
     Args:
         budget: fraction of visible pairs.
@@ -90,6 +100,28 @@ class MInference(Fitted):
         found = torch.stack([keep.expand(q_BHTD.shape[0], -1, -1, -1) for keep in self.pairs(q_BHTD.detach(), k_BGSD.detach(), causal)])
         head_H = torch.arange(q_BHTD.shape[1], device=found.device)
         return found[self.pattern_H.long(), :, head_H].transpose(0, 1)
+
+    def lines_of(self, q_BHTD: Tensor, k_BGSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Sinks and window of A-shape heads, columns and distances of vertical-slash heads, nothing of the others."""
+        (B, H, T, _), S = q_BHTD.shape, k_BGSD.shape[2]
+        kind_H1, at_S = self.pattern_H[:, None], torch.arange(S, device=q_BHTD.device)
+        column = ((kind_H1 == 0) & (at_S < self.sinks)).expand(B, H, S)
+        back = ((kind_H1 == 0) & (at_S <= a_reach(T, S, self._budget, self.sinks))).expand(B, H, S)
+        if not (kind_H1 == 1).any():
+            return column, back
+        return tuple(x | y & (kind_H1 == 1) for x, y in zip((column, back), self.lines.lines_of(q_BHTD, k_BGSD), strict=True))  # type: ignore[return-value]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+        if not self.by_lines(q, k, v, causal):
+            return super()._attend(q, k, v, scale, causal)
+        self._fits(q, k)
+        out, T, S = super()._attend(q, k, v, scale, causal), q.shape[2], k.shape[2]
+        pools_H = self.pattern_H == 2
+        if not pools_H.any():
+            return out
+        chosen = self.blocks.choose(q * (scale * q.shape[3] ** 0.5), k, True) & pools_H[:, None, None]
+        self._kept += float((chosen * BlockMask(chosen, None, None, self.side, self.side).visible(T, S, True)).sum())
+        return out + block_attention(q, k, v, chosen, block=self.side, query_block=self.side, scale=scale)     # zeros in heads of the other kind
 
     def selection_flops(self, heads: int, width: int, keys: float) -> float:
         """The probing queries of the heads that probe, and the pooled products of those that pool."""

@@ -1,8 +1,10 @@
 """PBS-Attn (Wang et al. 2025, arXiv 2510.21270): keys put into an order in which those that matter share blocks.
 
 Attention does not depend on the order of keys. Within each segment keys are sorted by their mean attention from the newest block of queries; then
-query blocks and sorted key blocks are pooled to their means, and each query block keeps the fewest key blocks whose softmax reaches the
-dial, beside the first block and its own segment, which stays in order, so that causality holds.
+query blocks and sorted key blocks are pooled to their means, and each query block keeps the fewest key blocks of earlier segments whose softmax
+among those reaches the dial, beside the block that holds the first token and its own segment, which stays in order, so that causality holds.
+
+The authors' code lets the newest queries look ahead within their own block when it sorts; here they do not.
 
 Shape letters as in scores.py.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...errors import BadInput
 from ...kernels.block_attention import BlockMask, block_attention, blocks_of, merge
@@ -67,13 +70,13 @@ class PermutedBlocks(TopP):
         """Levels of the blocks of sorted keys."""
         T, S = q_BHTD.shape[2], k_BGSD.shape[2]
         own, query = self.own(T, S, rows, q_BHTD.device), mean(q_BHTD, S, rows) * q_BHTD.shape[3] ** -0.5
-        far = key_means(self.in_order(k_BGSD, self.order(q_BHTD, k_BGSD, causal)), self.block)
-        near = per_head(key_means(k_BGSD, self.block), q_BHTD.shape[1])
-        raw = torch.where(own, query @ near.mT, query @ far.mT)
+        order = self.order(q_BHTD, k_BGSD, causal)
+        raw = query @ key_means(self.in_order(k_BGSD, order), self.block).mT
         score, _ = self.bounded(raw, T, S, rows, causal)
         seen = score > -torch.inf
-        always = (own | (torch.arange(raw.shape[-1], device=own.device) == 0)) & seen
-        return self.levels(raw.masked_fill(~seen, -torch.inf), always).masked_fill(always, -torch.inf), seen
+        first_BHN = pad(order == 0, (0, -S % self.block)).unflatten(-1, (-1, self.block)).any(-1)
+        level = self.levels(raw.masked_fill(~seen | own, -torch.inf), torch.zeros_like(seen))
+        return level.masked_fill((own | first_BHN[:, :, None]) & seen, -torch.inf), seen
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
         T, S, rows = q.shape[2], k.shape[2], self._rows(q.shape[2])

@@ -1,4 +1,4 @@
-"""Mean-pooled blocks: the block-sparse pattern of MInference (Jiang et al. 2024, arXiv 2407.02490, alg. 3), and the plainest score of blocks.
+"""Mean-pooled blocks: the block-sparse pattern of MInference (Jiang et al. 2024, arXiv 2407.02490), and the plainest score of blocks.
 
 Shape letters as in scores.py.
 """
@@ -15,7 +15,8 @@ from .scores import key_means, mean
 class Pooled(BlockAttention):
     """Top blocks by (mean of a block's queries) . (mean of a block's keys).
 
-    What trained gates are held against, and what blocks of tokens that differ defeat: see attention/sparge for a guard.
+    What trained gates are held against, and what blocks of tokens that differ defeat: see attention/sparge for a guard. A block's own keys are
+    always kept; the paper's code lets them compete, and divides a last block that is short by its full size.
     """
 
     name = "attention/pooled"

@@ -1,7 +1,7 @@
 """RetrievalAttention (Liu et al. 2024, arXiv 2409.10516): the keys of the largest logits, found on a graph in place of a scan.
 
 Queries search a graph over the keys that was built from earlier queries (key_graph.py), and attend to what they find, the first keys and
-the newest, all in one softmax (eq. 5 merges by log-sum-exp, which is the same).
+the newest, all in one softmax (the paper merges by log-sum-exp, which is the same).
 
 The paper runs the prompt dense, builds the graph of its queries once, and searches it while decoding. Here prefill searches too: positions
 come in strides, and the queries of a stride search the graph of all keys before it, built from the queries before it; what lies between is

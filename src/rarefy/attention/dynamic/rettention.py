@@ -3,7 +3,8 @@
 Softmax over few keys divides by too little and makes those kept too heavy. At a dense step of a denoising run the share of the whole
 normaliser that the pattern's keys hold is kept, rho = sum_pattern exp / sum_all exp, and with it the rest r = dense - rho sparse. Later steps give
     rho sparse + r
-which is exact while queries, keys and values are as they were, and drifts with them. Every `refresh`-th step is dense.
+which is exact while queries, keys and values are as they were, and drifts with them. Every `refresh`-th step is dense. The authors' code has the
+first five steps dense, and adds 0.04 to rho at every sparse step, a constant found for its models and left out here.
 
 Shape letters as in scores.py.
 """

@@ -75,9 +75,9 @@ class Levels(Fitted):
         return self.levels(raw.masked_fill(~seen, -torch.inf), always).masked_fill(always, -torch.inf), seen
 
     def gather(self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Mapping[str, Tensor]:
-        """Histograms of levels, weighted by pairs, for shared and for single choices."""
+        """Histograms of levels, weighted by pairs, for shared and for single choices, which methods for prefill never make."""
         shared = self._histogram(q_BHTD, k_BGSD, self._rows(q_BHTD.shape[2]))
-        return {"shared": shared, "single": shared if self.query_block == 1 else self._histogram(q_BHTD, k_BGSD, 1)}
+        return {"shared": shared, "single": shared if self.query_block == 1 or self.prefill_only else self._histogram(q_BHTD, k_BGSD, 1)}
 
     def _histogram(self, q_BHTD: Tensor, k_BGSD: Tensor, rows: int) -> Tensor:
         level, seen = self.reached(q_BHTD, k_BGSD, rows, True)
@@ -121,14 +121,18 @@ class TopP(Levels):
         return tail_levels(score.softmax(-1).nan_to_num(0.0), always_BHQN)
 
 
-def tail_levels(mass: Tensor, first: Tensor | None = None) -> Tensor:
+def tail_levels(mass: Tensor, first: Tensor | None = None, within: bool = False) -> Tensor:
     """-log of the share of a row's mass that lies at a unit and all lighter ones; units of `first` come before all others.
 
-    Of equally heavy units the one with the lower index is reached first. Tails are summed from the light end, so that levels
-    far beyond what 1 - (mass before) could tell apart stay exact.
+    At or below -log(1 - p) lie the fewest units that reach p; with `within`, where a unit's own mass is left out, those that together stay
+    within p, the heaviest in any case. Of equally heavy units the one with the lower index is reached first. Tails are summed from the light
+    end, so that levels far beyond what 1 - (mass before) could tell apart stay exact.
     """
     key = mass if first is None else mass + 2 * mass.sum(-1, keepdim=True) * first
     order = key.argsort(dim=-1, descending=True, stable=True)
     tail = mass.gather(-1, order).flip(-1).cumsum(-1).flip(-1)
-    level = -(tail / tail[..., :1].clamp_min(torch.finfo(tail.dtype).tiny)).log()
+    total = tail[..., :1]
+    if within and tail.shape[-1]:
+        tail = torch.cat((total, tail[..., 2:], torch.zeros_like(total)), -1)[..., : tail.shape[-1]]
+    level = -(tail / total.clamp_min(torch.finfo(tail.dtype).tiny)).log()
     return torch.empty_like(level).scatter_(-1, order, level)

@@ -1,7 +1,7 @@
 """SampleAttention (Zhu et al. 2024, arXiv 2406.15486): a few rows tell which columns matter to all of them.
 
 Exact attention of a strided sample of queries is summed by column; the fewest columns that hold a share of it are kept for every query,
-beside a window of recent keys (sec. 4.2, alg. 1). For prefill: decoding is dense.
+beside a window of recent keys. For prefill: decoding is dense.
 
 Shape letters as in scores.py; Z = sampled queries.
 """
@@ -13,11 +13,15 @@ from torch import Tensor
 
 from ...kernels.block_attention import blocks_of
 from ...method import fraction, positive
+from .by_lines import ByLines
 from .rules import TopP, tail_levels
 from .scores import logits
 
+AT_ONCE = 64
+"""Sampled queries whose attention is held at a time."""
 
-class SampleAttention(TopP):
+
+class SampleAttention(ByLines, TopP):
     """Key columns by top-p of their mass in sampled rows, and a window.
 
     Args:
@@ -40,13 +44,14 @@ class SampleAttention(TopP):
         """[B, H, S] attention of the sampled queries to each key, a mean over those that see it."""
         T, S = q_BHTD.shape[2], k_BGSD.shape[2]
         at_Z = torch.arange(T - 1, -1, -self.every, device=q_BHTD.device).flip(0)
-        score = logits(q_BHTD[:, :, at_Z], k_BGSD)
-        score = score.to(torch.promote_types(score.dtype, torch.float32))
-        seen_ZS = torch.ones(len(at_Z), S, dtype=torch.bool, device=score.device)
-        if causal:
-            seen_ZS = torch.arange(S, device=score.device) <= (S - T + at_Z)[:, None]
-        weight = score.masked_fill(~seen_ZS, -torch.inf).softmax(-1)
-        return weight.sum(2) / seen_ZS.sum(0).clamp_min(1)
+        at_S, total, count_S = torch.arange(S, device=q_BHTD.device), 0.0, 0
+        for some_Z in at_Z.split(AT_ONCE):
+            score = logits(q_BHTD[:, :, some_Z], k_BGSD)
+            score = score.to(torch.promote_types(score.dtype, torch.float32))
+            seen_ZS = at_S <= (S - T + some_Z if causal else torch.full_like(some_Z, S))[:, None]
+            total = total + score.masked_fill(~seen_ZS, -torch.inf).softmax(-1).sum(2)
+            count_S = count_S + seen_ZS.sum(0)
+        return total / torch.as_tensor(count_S).clamp_min(1)
 
     def reached(self, q_BHTD: Tensor, k_BGSD: Tensor, rows: int, causal: bool) -> tuple[Tensor, Tensor]:
         """A column's level for every query; -inf in the window."""
@@ -59,6 +64,12 @@ class SampleAttention(TopP):
         near = torch.arange(S, device=level.device) > first_Q[:, None] - max(1, round(self.window * S))
         seen = score > -torch.inf
         return level.masked_fill(seen & near | (score == torch.inf), -torch.inf), seen
+
+    def lines_of(self, q_BHTD: Tensor, k_BGSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns, and the window's distances."""
+        S = k_BGSD.shape[2]
+        near_S = torch.arange(S, device=q_BHTD.device) < max(1, round(self.window * S))
+        return tail_levels(self.masses(q_BHTD, k_BGSD, True)) <= self.at(1), near_S[None, None]
 
     def selection_flops(self, heads: int, width: int, keys: float) -> float:
         """The sampled rows, over all queries."""

@@ -1,6 +1,6 @@
 """Scatterbrain (Chen et al. 2021, arXiv 2110.15343): exact where it is large, low-rank everywhere else.
 
-    A_ts = exp(q_t k_s)                     on the support S, pairs that hash alike          (sec. 4.1)
+    A_ts = exp(q_t k_s)                     on the support S, pairs that hash alike
     A_ts = phi(q_t) . phi(k_s)              elsewhere, positive random features (Performer)
     phi(x) = exp(w_m x - |x|^2 / 2) / sqrt(M),  w_m ~ N(0, 1),  so that E[phi(q) phi(k)] = exp(q k)
 Numerator and normaliser are those of A: running sums of phi(k) [v, 1], and on S the difference exp(q k) - phi(q) phi(k), without forming

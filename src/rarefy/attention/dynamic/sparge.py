@@ -1,8 +1,9 @@
 """SpargeAttn (Zhang et al. 2025, arXiv 2502.18137): pooled products decide, but only where a block's tokens are alike.
 
-Blocks of queries and keys are averaged; a block whose tokens point different ways is no mean of them, and is never passed over (sec. 3.3).
-Of the others, each query block keeps the fewest key blocks that hold a share of the softmax of pooled products. A second stage passes over
-blocks far below the running maximum (sec. 3.4). The paper's 8-bit products are left out.
+Blocks of queries and keys are averaged; a block whose tokens point different ways is no mean of them, and is never passed over.
+Of the others, each query block keeps the heaviest key blocks that together stay within a share of the softmax of pooled products, and the
+heaviest in any case. A second stage passes over blocks far below the running maximum. The paper's 8-bit products are left out; a query's own
+block is always kept beside, which the authors' code leaves to its rank.
 
 Shape letters as in scores.py.
 """
@@ -17,7 +18,7 @@ from ...errors import BadInput
 from ...method import not_negative
 from ..heads import per_head
 from .blasst import block_maxima, gaps, smallest
-from .rules import TopP
+from .rules import TopP, tail_levels
 from .scores import key_blocks, key_means, query_rows
 
 
@@ -60,8 +61,13 @@ class SpargeAttention(TopP):
         mean_BHQD, _ = self.pooled(q_BHTD, k_BGSD.shape[2], rows)
         return mean_BHQD @ per_head(key_means(k_BGSD, self.block), q_BHTD.shape[1]).mT * q_BHTD.shape[-1] ** -0.5
 
+    def levels(self, score_BHQN: Tensor, always_BHQN: Tensor) -> Tensor:
+        """-log(mass lighter than a block), by mass alone; a level off the scale counts as its end, so that a fitted dial can reach it."""
+        mass = score_BHQN.to(torch.promote_types(score_BHQN.dtype, torch.float32)).softmax(-1).nan_to_num(0.0)
+        return tail_levels(mass, within=True).clamp_max(self.span[1])
+
     def reached(self, q_BHTD: Tensor, k_BGSD: Tensor, rows: int, causal: bool) -> tuple[Tensor, Tensor]:
-        """As top-p, with unlike blocks at -inf; pooled attention is of the blocks that are alike, a query's own among them and first."""
+        """As `levels` says, with unlike blocks at -inf; pooled attention is of the blocks that are alike, a query's own among them."""
         H, S = q_BHTD.shape[1], k_BGSD.shape[2]
         there = key_blocks(torch.ones_like(k_BGSD[..., :1]), self.block)
         unlike_BHN = per_head(likeness(key_blocks(k_BGSD, self.block), there) < self.theta, H)

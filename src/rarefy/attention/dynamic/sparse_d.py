@@ -2,7 +2,10 @@
 
 Attention patterns of a diffusion language model differ between heads and hardly change between steps, while the first steps decide most. So
 the first `dense` share of the steps is dense; then each head's softmax is averaged over blocks, each query block keeps the budget's share of the
-key blocks with the most, of the prompt's and of those being written each by themselves (sec. 4.2), and that mask serves the rest of the run.
+key blocks with the most, of the prompt's and of those being written each by themselves, and that mask serves the rest of the run.
+
+The authors' code ranks blocks of the prompt among all blocks, keeps one block more than the share, and divides logits by the root of the number of
+heads; here each region has its share, rounded, of attention as it is (logits over the root of the width).
 
 Shape letters as in scores.py.
 """

@@ -1,7 +1,7 @@
 """Squeezed Attention (Hooper et al. 2024, arXiv 2411.09688): keys of a long context are clustered once, and a query looks at centroids.
 
 A key's importance is estimated as exp(q C) / sum_j N_j exp(q C_j) with C the centroid of its cluster; clusters above a threshold, one for all
-heads and layers, are loaded whole (sec. 4). Keys of the user's own input, here the newest, are always kept.
+heads and layers, are loaded whole. Keys of the user's own input, here the newest, are always kept.
 
 Shape letters as in scores.py; Z = keys in a segment, C = clusters of a segment.
 """
@@ -41,7 +41,8 @@ class Squeezed(Levels):
     """Keys whose cluster is estimated to matter.
 
     The context is clustered a segment at a time, so that clusters stay as they are while it grows; the segment that a query stands
-    in is its input, and kept whole.
+    in is its input, and kept whole. The paper clusters all of a fixed context at once, from k-means++, and reads its threshold off importances
+    averaged over the last 100 queries, where here every query's own is met by the budget; its second level of centroids is left out.
 
     Args:
         budget: mean fraction of visible keys, met by fitting the threshold, unless `dial` sets it.

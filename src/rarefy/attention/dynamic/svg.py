@@ -2,10 +2,11 @@
 
 Tokens come frame by frame. A spatial head is served by the keys of the same frame and of those near it, a temporal one by the keys at the same
 place of every frame and at places near it; both also see the first frame. For a few sampled queries attention is computed three ways,
-dense, spatial and temporal, and the head takes the pattern with the smaller squared error (sec. 3.3), anew at every call.
+dense, spatial and temporal, and the head takes the pattern with the smaller squared error, anew at every call.
 
 The paper permutes a temporal head's tokens to lie place by place, so that its kernel sees blocks; here pairs are listed and nothing is moved.
-It samples queries at random, here they are evenly spaced, so that a choice can be repeated.
+It samples queries at random, here they are evenly spaced, so that a choice can be repeated. Its code measures distance in blocks of 128 tokens and
+has prompts in words, which see and are seen by all; here distance is in whole frames and places, and the first frame is what all see.
 Shape letters as in scores.py; P = sampled queries.
 """
 

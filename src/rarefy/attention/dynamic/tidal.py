@@ -1,7 +1,7 @@
 """TidalDecode (Yang et al. 2024, arXiv 2410.05076): layers attend to the positions that an earlier layer found.
 
 The first layers are dense; a selection layer scores every key exactly and keeps the highest; layers behind it attend to the same
-positions, until a layer further on selects anew (sec. 3.1).
+positions, until a layer further on selects anew.
 
 Shape letters as in scores.py.
 """
@@ -21,7 +21,8 @@ class Tidal(TokenAttention):
     """Top keys by exact scores at some layers, which the layers between them take over head by head.
 
     One method serves all layers, as `replaced(model, attention="tidal")` puts it in; between a pass's layers it remembers a choice,
-    and nothing from pass to pass. A layer without one before it selects for itself.
+    and nothing from pass to pass. A layer without one before it selects for itself. The authors' code leaves prompts dense and selects anew at
+    one layer only, found by trial; here prompts select too, and layers `every` apart.
 
     Args:
         budget: fraction of the keys that a query can see.

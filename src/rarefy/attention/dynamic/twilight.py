@@ -1,7 +1,7 @@
 """Twilight (Lin et al. 2025, arXiv 2502.02770): any selector's candidates, pruned to the few that hold a share p of attention.
 
 First a generous share of pages by Quest's bounds; then the candidates' weights from a copy of the keys in 4 bits; kept are the fewest
-whose weights reach p (sec. 4). How many that is differs by head and query.
+whose weights reach p. How many that is differs by head and query.
 
 Shape letters as in scores.py.
 """
@@ -41,6 +41,7 @@ class Twilight(TopP):
 
     name = "attention/twilight"
     unit = "key"
+    by_query = True
     wants = ("cache",)
 
     def __init__(self, budget: float = 0.25, dial: float = 0.0, page: int = 16, generous: float = 3.0, bits: int = 4) -> None:

@@ -1,7 +1,7 @@
 """ZipVL (He et al. 2024, arXiv 2410.08584): the fewest tokens that hold a share of the attention, so many as the layer needs.
 
 A few sampled queries say what attention each token receives, per query that sees it: early tokens are seen by more queries, and without
-that division would win for it (sec. 4.2). Tokens are kept in that order until theirs is the share tau of all; all heads of the layer attend
+that division would win for it. Tokens are kept in that order until theirs is the share tau of all; all heads of the layer attend
 to the same ones. Decoding steps are dense, as there. The choice looks back from the end of the prompt, so it is for prefill only.
 
 The paper also keeps unimportant tokens in fewer bits in the cache; bits are a cache's affair here. It samples earlier queries at random, here they
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from ...method import positive
+from .by_lines import ByLines
 from .rules import TopP, tail_levels
-from .scores import later, logits
+from .scores import logits
 
 
-class ZipVL(TopP):
+class ZipVL(ByLines, TopP):
     """One set of tokens a layer, by share of attention received; every query also sees its own key.
 
     Args:
@@ -43,7 +44,8 @@ class ZipVL(TopP):
         spaced = torch.arange(min(self.probes, earlier), device=q_BHTD.device) * earlier // max(1, min(self.probes, earlier))
         at_P = torch.cat((spaced, torch.arange(earlier, T, device=q_BHTD.device)))
         score = logits(q_BHTD[:, :, at_P], k_BGSD).to(torch.promote_types(q_BHTD.dtype, torch.float32))
-        unseen_PS = later(T, S, score)[at_P] if causal else torch.zeros(len(at_P), S, dtype=torch.bool, device=score.device)
+        at_S = torch.arange(S, device=score.device)
+        unseen_PS = at_S > (S - T + at_P)[:, None] if causal else at_S < at_S[:1].expand(len(at_P), 1)
         return score.masked_fill(unseen_PS, -torch.inf).softmax(-1).sum(2).mean(1) / (~unseen_PS).sum(0)
 
     def reached(self, q_BHTD: Tensor, k_BGSD: Tensor, rows: int, causal: bool) -> tuple[Tensor, Tensor]:
@@ -54,6 +56,11 @@ class ZipVL(TopP):
         level = level_BS[:, None, None].expand(*shape, S).masked_fill(at_S == at_T, -torch.inf)
         seen = at_S <= at_T if causal else torch.ones(T, S, dtype=torch.bool, device=level.device)
         return level, seen.expand(*shape, S)
+
+    def lines_of(self, q_BHTD: Tensor, k_BGSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens as columns, and the diagonal of own keys."""
+        own_S = torch.arange(k_BGSD.shape[2], device=q_BHTD.device) == 0
+        return (tail_levels(self.received(q_BHTD, k_BGSD, True)) <= self.at(1))[:, None], own_S[None, None]
 
     def selection_flops(self, heads: int, width: int, keys: float) -> float:
         """The sampled queries' products with all keys, shared by the queries of a prompt as long as the keys."""

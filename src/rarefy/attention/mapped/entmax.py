@@ -19,7 +19,7 @@ class Entmax(MappedAttention):
     Args:
         alpha: of every head, >= 1.
         heads: 0 keeps alpha as it is; else the number of query heads, each of which learns its own in (1, 2),
-            a = 1 + sigmoid(logit) (sec. 4), begun at `alpha`.
+            a = 1 + sigmoid(logit), begun at `alpha`.
     """
 
     name = "attention/entmax"

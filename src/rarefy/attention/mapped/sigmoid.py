@@ -12,7 +12,7 @@ from .base import MappedAttention
 
 
 class Sigmoid(MappedAttention):
-    """1 / (1 + exp(-(z - log n))), n the keys that a query sees, so that a row of zero scores sums to almost one (eq. 3).
+    """1 / (1 + exp(-(z - log n))), n the keys that a query sees, so that a row of zero scores sums to almost one.
 
     No weight is zero: it stands here as the dense end of the maps without competition.
     """

@@ -2,7 +2,7 @@
 
     p(j | i) = exp(q_i k_j) / Z_i                                        of a key in the direct set, here the query's own block
              = exp(q_i k_r) / Z_i * p(j | r)                             of a key in region r, of the blocks before
-    Z_i = sum over direct keys exp(q_i k_j) + sum over regions exp(q_i k_r);  p(j | r) = softmax_j(q_r k_j)      (eqs. 4-6, sec. 4.1)
+    Z_i = sum over direct keys exp(q_i k_j) + sum over regions exp(q_i k_r);  p(j | r) = softmax_j(q_r k_j)
 with k_r and q_r pooled over the region: Combiner-Fixed. q_r asks for the region as a whole, whoever the query is; so a region's values are
 mixed once. Departure: by default q_r is k_r, since a cache holds keys and not queries; `summary="queries"` is the paper's, for whole
 sequences only.

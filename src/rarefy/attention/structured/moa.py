@@ -1,8 +1,8 @@
 """MoA (Fu et al. 2024, arXiv 2406.14909): each head a window of alpha + beta * length keys behind sinks, chosen by what it would do to the loss.
 
 Masking key j for query i moves its output by A_ij / (1 - A_ij) (o_i - v_j), the softmax renormalised; so, to first order, the loss by
-    E_ij = A_ij / (1 - A_ij) (dL/do_i . o_i - dL/do_i . v_j)                                                       (sec. 4.1, eq. 4)
-A rule's influence is the sum of E over the pairs that it masks. L is the loss against the dense model's own answers (sec. 5). Rules are chosen
+    E_ij = A_ij / (1 - A_ij) (dL/do_i . o_i - dL/do_i . v_j)
+A rule's influence is the sum of E over the pairs that it masks. L is the loss against the dense model's own answers. Rules are chosen
 for all heads of all layers at once, least total influence within the mean density, by `spread`; within one layer by `finish`. Sequences of
 several lengths are profiled together: a rule's span, its influence and its density all follow each sequence's length.
 Departure: without gradients (`observe` of queries, keys and values alone, as `calibrate` does) a pair counts by the squared change of the output.
@@ -51,7 +51,8 @@ class MoA(Searched):
     Args:
         budget: mean fraction of visible pairs over heads, at the lengths profiled.
         sinks: first keys that every head keeps.
-        signed: whether pairs that would help if masked are counted against those that would harm, as eq. 4 sums; else every pair by its size.
+        signed: whether pairs that would help if masked are counted against those that would harm, as the formula sums; else every pair by its
+            size, as the authors' code does.
         options: rules as expressions; empty for the grid of ALPHAS and BETAS.
     """
 

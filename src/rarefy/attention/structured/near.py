@@ -1,6 +1,6 @@
 """Attention that a learned slope keeps near: logits lose tau times the distance of their tokens (SparseBEV, Liu et al. 2023, arXiv 2308.09244).
 
-    out_i = softmax_j(q_i k_j / sqrt(D) - tau_ih dist(i, j)) v_j,   tau_ih = softplus(a_h . q_i + b_h)               (sec. 3.2, eq. 1)
+    out_i = softmax_j(q_i k_j / sqrt(D) - tau_ih dist(i, j)) v_j,   tau_ih = softplus(a_h . q_i + b_h)
 dist is the distance of two tokens' coordinates, bound by `bind(place)`; of positions where none are. tau comes of the query, one a head, so a
 head's field narrows where the query asks for it; tau = 0 is dense attention. `rows` limits attention to tokens whose first coordinate is
 less than that far, the row band of Sparse Laneformer (Liu et al. 2024, arXiv 2404.07821); 0 leaves it out.

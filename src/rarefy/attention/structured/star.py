@@ -4,7 +4,7 @@ Phase 1: each context block attends to itself and to the first block, the anchor
 anchor's own positions; since the anchor attends to itself alone, its keys are the same on every host, and one pass over the pairs
 {own block, first block} is what all hosts compute.
 Phase 2: the question and everything generated attend to all keys. Each host gives its part and log-sum-exp s_h; the whole is
-sum_h exp(s_h - log sum_h exp s_h) A_h (alg. 2), which is attention over all keys exactly.
+sum_h exp(s_h - log sum_h exp s_h) A_h, which is attention over all keys exactly.
 
 Shape letters: B = batch, H = query heads, G = key heads, T = queries, S = keys, D = head width, Q = query blocks, N = key blocks.
 """
@@ -25,7 +25,7 @@ class Star(BlockAttention):
     Args:
         block: keys in a context block (of a host). The paper's default is a quarter of the context.
         question: how many tokens at the end of a prompt ask: they, like all that is generated, see every block.
-        anchor: whether blocks see the first one. Without it, phase 1 is block-local attention.
+        anchor: whether blocks see the first one (all of it; the authors' code can take a part). Without it, phase 1 is block-local attention.
 
     Raises:
         Unsupported: attention that is not causal.

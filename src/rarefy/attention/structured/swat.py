@@ -1,9 +1,10 @@
 """SWAT (Fu et al. 2025, arXiv 2502.18845): a sliding window whose keys are weighed one by one, some heads for what is old, some for what is new.
 
-    out_i = sum over the window's j of sigmoid(q_i k_j / sqrt(D) + s_h (i - j)) v_j                                (sec. 3)
+    out_i = sum over the window's j of sigmoid(q_i k_j / sqrt(D) + s_h (i - j)) v_j
 with balanced ALiBi: half the heads have slopes s_h < 0 and lean to recent keys, half s_h > 0 and hold on to old ones. Sizes are ALiBi's
 (Press et al. 2022): 2^(-8 n / N) for the n-th of the N heads of a half. No weight competes with another, so there is no mass to drop on a
-sink. For models trained with it; rotary positions are the model's own, queries and keys come rotated.
+sink. For models trained with it; rotary positions are the model's own, queries and keys come rotated. (The authors'
+published layer is softmax with plain ALiBi, other slopes among its comments; what stands here is the paper's sigmoid.)
 
 Shape letters: B = batch, H = query heads, T = queries, S = keys, D = head width.
 """

@@ -1,6 +1,6 @@
 """SwinBERT's learned mask (Lin et al. 2021, arXiv 2111.13196): one matrix of pairs for all heads, trained beside the model and pushed to zero.
 
-    M = sigmoid(P), 1 on the diagonal; weights_ij in proportion to M_ij exp(q_i k_j); loss + lambda mean(M)            (sec. 3.2, eq. 1)
+    M = sigmoid(P), 1 on the diagonal; weights_ij in proportion to M_ij exp(q_i k_j); loss + lambda mean(M)
 and after training M > 1/2. While `training` the mask is soft; in eval mode it is binary and only its pairs are computed. Masks move to other
 lengths by interpolation (`resized`). Add `penalty()` of every layer to the loss of the model that it stands in.
 

@@ -1,7 +1,7 @@
 """Sparse patterns of video transformers, searched offline: they depend on layer and head, and little on what is shown.
 
     Sparse-vDiT (Chen et al. 2025, arXiv 2506.03065): per head, minimise sum over heads of |out_pattern - out_dense|^2 against the pairs kept
-    Efficient-vDiT (Ding et al. 2025, arXiv 2502.06155): per layer, the sparsest mask whose output error stays within a tolerance (sec. 3.2)
+    Efficient-vDiT (Ding et al. 2025, arXiv 2502.06155): per layer, the sparsest mask whose output error stays within a tolerance
 The first trades error and cost by a weight; here the cost is bounded by the budget instead, which picks from the same frontier. Counted pairs
 are the cost in place of a table of kernel times.
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from ...errors import BadInput
 from .. import gpu
 from . import tiles
-from .bounds import page_meta, page_scores, top_pages
-from .decode import available, decode_pages
+from .bounds import highest, page_meta, page_scores, top_pages
+from .decode import available, decode_pages, decode_rows
 from .gather import by_rows, gather_blocks
 from .mask import Allowed, BlockMask, as_mask, blocks_of
 from .reference import block_attention_reference, token_mask
@@ -28,7 +28,7 @@ from .softmax import merge
 from .tokens import check_shapes, token_attention
 
 __all__ = [
-    "Allowed", "BlockMask", "available", "block_attention", "block_attention_reference", "blocks_of", "merge", "page_meta", "page_scores",
+    "Allowed", "BlockMask", "available", "block_attention", "block_attention_reference", "blocks_of", "highest", "merge", "page_meta", "page_scores",
     "token_attention", "token_mask", "top_pages",
 ]
 
@@ -72,6 +72,9 @@ def block_attention(
         if allowed is not None:
             found = BlockMask.of(found.blocks, allowed, T, S, block=block, query_block=query_block, heads=H)
         out, lse = tiles.attend(tiled, q_BHTD, k_BGSD, v_BGSD, found, scale, causal)
+        return (out, lse) if return_lse else out
+    if block == query_block == 1 and T > 1 and allowed is None and found.partial is None and available(q_BHTD, k_BGSD, v_BGSD):
+        out, lse = decode_rows(q_BHTD, k_BGSD, v_BGSD, found.blocks, scale, causal)
         return (out, lse) if return_lse else out
     path = by_rows if query_block == 1 and T > 1 else gather_blocks
     how = {"block": block, "query_block": query_block, "scale": scale, "causal": causal, "allowed": allowed, "return_lse": return_lse}

@@ -63,6 +63,23 @@ def page_scores(q_BH1D: Tensor, k_BGSD: Tensor, block: int, meta_BGNE: Tensor | 
     return out.view(B, H, 1, N)
 
 
+def highest(score: Tensor, keep: Tensor) -> Tensor:
+    """[..., N] bool: the `keep` [..., 1] highest scores of each row, 1 .. N, of equal ones those with the lower index. Scores without NaN."""
+    if not score.numel():
+        return torch.zeros_like(score, dtype=torch.bool)
+    if native.serves(score, dtypes=(torch.float32,)):
+        from .loops import highest as run
+
+        N, out = score.shape[-1], torch.empty(score.shape, dtype=torch.bool)
+        rows = score.detach().contiguous().view(torch.int32).reshape(-1, N)
+        native.spread(run, len(rows), rows.numpy(), keep.expand(*score.shape[:-1], 1).flatten().long().numpy(), out.view(-1, N).numpy(), least=16)
+        return out
+    order = score.topk(int(keep.max()), dim=-1).values
+    least = order.gather(-1, (keep - 1).expand(*score.shape[:-1], 1))
+    above, level = score > least, score == least
+    return above | level & (level.cumsum(-1) <= keep - above.sum(-1, keepdim=True))
+
+
 def top_pages(scores_BH1N: Tensor, keep: int) -> Tensor:
     """[B, H, 1, N] bool: the `keep` pages of highest score, of equals the first; all where there are no more. Scores without NaN."""
     N = scores_BH1N.shape[-1]

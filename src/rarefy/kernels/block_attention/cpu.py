@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from .decode import memory
+from .decode import memory, shared
 from .mask import BlockMask
 
 
@@ -23,21 +23,13 @@ def _empty(ndim: int, kind: Any) -> np.ndarray:
     return np.empty((0,) * ndim, kind)
 
 
-def _shared(x: Tensor) -> Tensor:
-    """Dimensions B and H that were expanded, as 1."""
-    for i in (0, 1):
-        if x.stride(i) == 0 and x.shape[i] > 1:
-            x = x.narrow(i, 0, 1)
-    return x.contiguous()
-
-
 def mask_arrays(mask: BlockMask) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(blocks, partial, tiles [P, M, R]) for the loops; empty where there are no tiles."""
     if mask.partial is None or mask.tiles is None:
-        return _shared(mask.blocks).numpy(), _empty(4, np.int32), _empty(3, np.bool_)
+        return shared(mask.blocks).numpy(), _empty(4, np.int32), _empty(3, np.bool_)
     blocks, partial = mask.blocks, mask.partial
     if [blocks.stride(i) == 0 for i in (0, 1)] == [partial.stride(i) == 0 for i in (0, 1)]:
-        blocks, partial = _shared(blocks), _shared(partial)
+        blocks, partial = shared(blocks), shared(partial)
     return blocks.contiguous().numpy(), partial.contiguous().numpy(), mask.tiles.mT.contiguous().numpy()
 
 

@@ -1,4 +1,4 @@
-"""CPU decoding: one query a head reads its chosen pages, or each query its listed keys, in place; float32 and bfloat16, no gather.
+"""CPU decoding: one query a head reads its chosen pages, or each query its own keys, in place; float32 and bfloat16, no gather.
 
 Shape letters as in __init__.py; K = places in a query's list.
 """
@@ -70,3 +70,23 @@ def decode_tokens(
     native.spread(tokens, B * H * T, q, *memory(k_BGSD), *memory(v_BGSD), index_BHTK.long().contiguous().numpy(), bias,
                   (H, k_BGSD.shape[1], T, D), out.view(-1).numpy(), top, total, lse, least=1)
     return out.to(q_BHTD.dtype), room[2]
+
+
+def decode_rows(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, keep_BHTS: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """([B, H, T, D], lse [B, H, T] float32) of each query over the keys that the mask keeps, which causal ones take up to their own."""
+    from .loops import rows
+
+    B, H, T, D = q_BHTD.shape
+    q, out, room = _begin(q_BHTD, scale)
+    top, total, lse = (x.view(-1).numpy() for x in room)
+    native.spread(rows, B * H * T, q, *memory(k_BGSD), *memory(v_BGSD), shared(keep_BHTS).numpy(), causal, (H, k_BGSD.shape[1], T, D),
+                  out.view(-1).numpy(), top, total, lse, least=1)
+    return out.to(q_BHTD.dtype), room[2]
+
+
+def shared(x: Tensor) -> Tensor:
+    """Dimensions B and H that were expanded, as 1."""
+    for i in (0, 1):
+        if x.stride(i) == 0 and x.shape[i] > 1:
+            x = x.narrow(i, 0, 1)
+    return x.contiguous()

@@ -102,7 +102,7 @@ def powers(S, keys, lanes, top, total):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _online(S, keys, lanes, top, total, keep, spare):  # type: ignore[no-untyped-def]
+def online(S, keys, lanes, top, total, keep, spare):  # type: ignore[no-untyped-def]
     """A step of the online softmax: new maxima, S = 2^(S - top), keep = 2^(old top - top), total = keep * total + sums."""
     raise_tops(S, keys, lanes, top, keep)
     powers(keep, ONE, lanes, top, spare)
@@ -169,6 +169,6 @@ def forward(
             number = partial[mb, mh, Q, c] if partial.size else np.int32(-1)
             if number >= 0 or (causal and key + keys - 1 > first):
                 hide(scores, keys, lanes, first, key, causal, tiles_PMR, number, row)
-            _online(scores, keys, lanes, top, total, keep, spare)
+            online(scores, keys, lanes, top, total, keep, spare)
             multiply(D, lanes, v, b * vs[0] + g * vs[1] + key * vs[2], ONE, vs[2], scores, NONE, lanes, O, NONE, lanes, keys, keep, NONE)
         put(out_ND, lse_N, n, O, lanes, top, total, np.float32(1.0), first, begin, end)

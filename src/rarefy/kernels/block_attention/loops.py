@@ -204,6 +204,32 @@ def tokens(start, stop, q, k, ks, v, vs, index_BHTK, bias_BHTK, sizes, out, top,
         _end(out, r * D, D, top, total, lse, r)
 
 
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def rows(start, stop, q, k, ks, v, vs, keep_BHTS, causal, sizes, out, top, total, lse):  # type: ignore[no-untyped-def]
+    """Queries start .. stop of B * H * T, each over the keys that its row of the mask keeps; the mask's B and H may be 1."""
+    H, G, T, D = sizes
+    S = keep_BHTS.shape[3]
+    score, level, sums = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    at_k, at_v = np.empty(CHUNK, np.int64), np.empty(CHUNK, np.int64)
+    for r in range(start, stop):
+        b, h, t = r // (H * T), r // T % H, r % T
+        g = h // (H // G)
+        keep = keep_BHTS[min(b, keep_BHTS.shape[0] - 1), min(h, keep_BHTS.shape[1] - 1), t]
+        top[r], total[r] = FAR, np.float32(0.0)
+        for i in range(D):
+            out[r * D + i] = np.float32(0.0)
+        count, end = 0, S - T + t + 1 if causal else S
+        for s in range(end):
+            if keep[s]:
+                score[count] = np.float32(0.0)
+                at_k[count], at_v[count] = b * ks[0] + g * ks[1] + s * ks[2], b * vs[0] + g * vs[1] + s * vs[2]
+                count += 1
+            if count == CHUNK or (s == end - 1 and count):
+                _step(q, r * D, D, k, at_k, v, at_v, count, score, level, sums, out, r * D, top, total, r)
+                count = 0
+        _end(out, r * D, D, top, total, lse, r)
+
+
 @numba.njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
 def bounds(start, stop, q_XED, meta_XNE, out_XEN):  # type: ignore[no-untyped-def]
     """Key heads start .. stop: out[x, e, n] = sum over d of max(q, 0) * highest + min(q, 0) * lowest; meta holds highest, then lowest."""
@@ -234,4 +260,51 @@ def mark(start, stop, score_XN, least_X, keep, out_XN):  # type: ignore[no-untyp
             if score_XN[x, n] == least:
                 out_XN[x, n] = True
                 count += 1
+            n += 1
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _sortable(i):  # type: ignore[no-untyped-def]
+    """A whole number in the order of the float32 whose bits are i; both zeros are 0."""
+    return np.int32(0) if i == np.int32(-0x80000000) else np.int32(i ^ ((i >> 31) & np.int32(0x7FFFFFFF)))
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def highest(start, stop, bits_XN, keep_X, out_XN):  # type: ignore[no-untyped-def]
+    """out[x, n] = the float32 of bits[x, n] is among the keep[x] highest of its row, of equals the first: the bound by its digits, of
+    11, 11 and 10 bits, the later ones only over what shares the earlier."""
+    N = bits_XN.shape[1]
+    key, left, count = np.empty(N, np.int32), np.empty(N, np.int32), np.empty(2048, np.int64)
+    for x in range(start, stop):
+        for n in range(N):
+            key[n] = _sortable(bits_XN[x, n])
+            left[n] = key[n]
+        many, rest, bound = N, keep_X[x], np.int64(0)
+        if rest >= N or rest <= 0:
+            out_XN[x] = rest > 0
+            continue
+        for digit in range(3):
+            shift, mask = (21, 2047) if digit == 0 else ((10, 2047) if digit == 1 else (0, 1023))
+            more = 1024 if digit == 0 else 0
+            count[:] = 0
+            for n in range(many):
+                count[((left[n] >> shift) + more) & mask] += 1
+            at = mask
+            while rest > count[at]:
+                rest -= count[at]
+                at -= 1
+            bound += np.int64(at - more) << shift
+            same = 0
+            for n in range(many):
+                left[same] = left[n]
+                same += ((left[n] >> shift) + more) & mask == at
+            many = same
+        least = np.int32(bound)
+        for n in range(N):
+            out_XN[x, n] = key[n] > least
+        n = 0
+        while rest > 0:
+            if key[n] == least:
+                out_XN[x, n] = True
+                rest -= 1
             n += 1

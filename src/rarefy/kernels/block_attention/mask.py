@@ -7,7 +7,7 @@ P = distinct tiles, R = queries in a block, M = keys in a block, X = (query bloc
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BadInput
+from .pairs import kept_pairs, visible_pairs
 
 Allowed = Callable[..., Tensor]
 """(query positions [...], key positions [...]) -> bool, for patterns finer than a block; may take head indices as a third argument."""
@@ -143,28 +144,8 @@ class BlockMask:
 
     def density(self, T: int, S: int, causal: bool) -> float:
         """Pairs kept of pairs visible, exactly; 1 where nothing is visible."""
-        visible_QN = self.visible(T, S, causal)
-        total = float(visible_QN.sum()) * self.blocks.shape[0] * self.blocks.shape[1]
-        kept = self.blocks & (visible_QN > 0)
-        count = sum(self._partial_pairs(kept, T, S, causal))
-        whole = kept if self.partial is None else kept & (self.partial < 0)
-        return (float((whole * visible_QN).sum()) + count) / total if total else 1.0
-
-    def _partial_pairs(self, kept: Tensor, T: int, S: int, causal: bool) -> Iterator[float]:
-        if self.partial is None or self.tiles is None:
-            return
-        first, tiles = (S - T) // self.query_block, self.tiles
-        within_R = torch.arange(self.query_block, device=tiles.device)[:, None]
-        within_M = torch.arange(self.block, device=tiles.device)
-        places = (kept & (self.partial >= 0)).nonzero()
-        for at in places.split(max(1, _AT_ONCE // (self.block * self.query_block))):
-            number = self.partial[tuple(at.T)]
-            query = (first + at[:, 2, None, None]) * self.query_block + within_R
-            key = at[:, 3, None, None] * self.block + within_M
-            there = (query >= S - T) & (query < S) & (key < S)
-            if causal:
-                there = there & (key <= query)
-            yield float((tiles[number] & there).sum())
+        total = visible_pairs(T, S, causal) * self.blocks.shape[0] * self.blocks.shape[1]
+        return kept_pairs(self, T, S, causal) / total if total else 1.0
 
 
 def _distinct(known_PRM: Tensor, tile_XRM: Tensor) -> tuple[Tensor, Tensor]:

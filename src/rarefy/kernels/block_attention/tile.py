@@ -163,6 +163,36 @@ def product(rows: int, vectors: int, half: bool = False) -> Any:
     return run
 
 
+def by_lanes(fresh: bool) -> Any:
+    """Intrinsic: C[c + :] = C[c + :] (0 if `fresh`) times keep[k + :], plus the sum over count >= 1 t of A[a + t * at + :] B[b + shift[s + t] + :],
+    lane by lane; `:` is VECTORS vectors."""
+    @intrinsic
+    def run(typing, A, a, at, B, b, shift, s, C, c, count, keep, k):  # type: ignore[no-untyped-def]
+        whole = types.int64
+
+        def generate(context, builder, sig, args):  # type: ignore[no-untyped-def]
+            A_, a_, at_, B_, b_, shift_, s_, C_, c_, count_, keep_, k_ = args
+            pa, pb, ps, pc, pk = (_pointer(context, builder, sig.args[i], x) for i, x in ((0, A_), (3, B_), (5, shift_), (7, C_), (10, keep_)))
+
+            def side_by_side(pointer, at):  # type: ignore[no-untyped-def]
+                return [_load(builder, pointer, builder.add(at, _number(W * y))) for y in range(VECTORS)]
+
+            begin = [_splat(0.0)] * VECTORS
+            if not fresh:
+                begin = [builder.fmul(x, y) for x, y in zip(side_by_side(pc, c_), side_by_side(pk, k_), strict=True)]
+            t, sums, finish = _loop(builder, count_, begin)
+            left = side_by_side(pa, builder.add(a_, builder.mul(t, at_)))
+            right = side_by_side(pb, builder.add(b_, builder.load(builder.gep(ps, [builder.add(s_, t)]))))
+            multiply = _fma(builder)
+            for y, value in enumerate(finish([multiply(*three) for three in zip(left, right, sums, strict=True)])):
+                _store(builder, pc, builder.add(c_, _number(W * y)), value)
+            return context.get_dummy_value()
+
+        return types.void(A, whole, whole, B, whole, shift, whole, C, whole, whole, keep, whole), generate
+
+    return run
+
+
 def _exp2(builder, x):  # type: ignore[no-untyped-def]
     """2^x for x <= 0: 0 below -126.5, NaN for NaN. x is split into a whole number, which becomes the exponent, and a rest."""
     fma, magic = _fma(builder), _splat(12582912.0)                     # 1.5 * 2^23: adding it rounds to whole numbers
