@@ -11,13 +11,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...kernels.block_attention.softmax import attend, merge
 from .aligned import Aligned
 from .entries import ROWS, Entries, dense
 from .policy import Policy, PolicyLayer, Rotary
 
 
 class CompressedLayer(PolicyLayer):
-    """Tokens that leave the window are packed. Subclasses write `pack`, `scores` and `mix`."""
+    """Tokens that leave the window are packed. Subclasses write `pack`, `scores`, `mix` and `decode`."""
 
     def __init__(self, policy: Policy, index: int) -> None:
         super().__init__(policy, index)
@@ -35,6 +36,10 @@ class CompressedLayer(PolicyLayer):
         """The sum of the store's values with these weights, [B, G, R, T, D]."""
         raise NotImplementedError
 
+    def decode(self, q_BH1D: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """(out [B, H, 1, D], lse [B, H, 1]) of one query a head over the whole store, all of which is before it."""
+        raise NotImplementedError
+
     def answer(
         self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, at_BT: Tensor, *, scale: float, rotary: Rotary, hidden_BTD: Tensor | None
     ) -> Tensor:
@@ -50,6 +55,11 @@ class CompressedLayer(PolicyLayer):
         k, v, at_BM = w["k"], w["v"], w["at"][:, 0]
         if far:
             at_BM = torch.cat([self.far.at(), at_BM], 1)
+        if far and q_BHTD.shape[2] == 1:
+            wide = (at_BM[:, far:, None] >= 0)[:, None, None].mT                         # a new token sees the whole window
+            near, lse = attend(q_BHTD.unflatten(1, (k.shape[1], -1)), k[:, :, None], v[:, :, None], wide, scale)
+            out = merge([near.flatten(1, 2), (stored := self.decode(q_BHTD, scale))[0]], [lse.flatten(1, 2), stored[1]])[0]
+            return out.masked_fill((at_BT < 0)[:, None, :, None], 0.0)
         out = torch.empty_like(q_BHTD)
         for start in range(0, q_BHTD.shape[2], ROWS):
             rows = slice(start, start + ROWS)

@@ -49,35 +49,47 @@ class Watch(nn.Module):
         return dense(q, k, v, at_BT, scale)
 
 
-def wanted(q_BHTD: Tensor, k_BGSD: Tensor, scale: float, budget: float) -> Tensor:
-    """[B, G, T, S] bool: the max(1, round(budget * (t + 1))) keys with the most probability from query t, heads of a key head summed."""
+def attended(q_BHTD: Tensor, k_BGSD: Tensor, scale: float) -> Tensor:
+    """[B, G, T, S] probability of each key from query t in full attention, the mean over the heads of a key head."""
     B, T = len(q_BHTD), q_BHTD.shape[2]
     at_BT = torch.arange(T, device=q_BHTD.device).expand(B, T)
-    weight = torch.cat([p.sum(2) for _, p in probabilities(q_BHTD, k_BGSD, at_BT[:, None].expand(*k_BGSD.shape[:3]), at_BT, scale)], 2)
-    visible = torch.ones(T, T, dtype=torch.bool, device=q_BHTD.device).tril()
-    rank = weight.masked_fill(~visible, -1.0).argsort(dim=-1, descending=True, stable=True).argsort(-1)
-    keep_T = torch.tensor([max(1, round(budget * (t + 1))) for t in range(T)], device=q_BHTD.device)
+    return torch.cat([p.mean(2) for _, p in probabilities(q_BHTD, k_BGSD, at_BT[:, None].expand(*k_BGSD.shape[:3]), at_BT, scale)], 2)
+
+
+def wanted(weight_BGTS: Tensor, budget: float) -> Tensor:
+    """[B, G, T, S] bool: the max(1, round(budget * (t + 1))) keys with the most probability from query t."""
+    T = weight_BGTS.shape[2]
+    visible = torch.ones(T, T, dtype=torch.bool, device=weight_BGTS.device).tril()
+    rank = weight_BGTS.masked_fill(~visible, -1.0).argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    keep_T = torch.tensor([max(1, round(budget * (t + 1))) for t in range(T)], device=weight_BGTS.device)
     return rank < keep_T[:, None]
 
 
 def fit_controller(texts: list[tuple[Tensor, Tensor, Tensor, float]], states: int, budget: float, steps: int) -> Controller:
     """A controller taught by cross entropy with Adam, each step over one row of one text and 64 of its queries.
 
+    A query's loss is the mean over the keys that it sees plus the mean weighted by the probability that they get. Without the second
+    part a controller may name nearly all of a top K and miss the one token (a sink, say) that gets nearly all the probability.
+
     Args:
         texts: (inputs [B, T, E], queries, keys, scale) of a layer.
     """
     hidden, _, k, _ = texts[0]
     made = Controller(hidden.shape[-1], k.shape[1], states).to(hidden.device)
-    rows = [(x[b], wanted(q[b : b + 1], k[b : b + 1], scale, budget)[0]) for x, q, k, scale in texts for b in range(len(x))]
+    rows = []
+    for x, q, k, scale in texts:
+        for b in range(len(x)):
+            weight = attended(q[b : b + 1], k[b : b + 1], scale)
+            rows.append((x[b], weight[0], wanted(weight, budget)[0]))
     optimiser = torch.optim.Adam(made.parameters(), lr=1e-2)
     for _ in range(steps):
-        x_TE, wanted_GTT = rows[int(torch.randint(len(rows), ()))]
+        x_TE, weight_GTT, wanted_GTT = rows[int(torch.randint(len(rows), ()))]
         T = len(x_TE)
         at = torch.randperm(T)[:64].to(x_TE.device)
         z = made.gru(x_TE[None])[0]
-        visible = (torch.arange(T, device=at.device) <= at[:, None]).expand(len(wanted_GTT), -1, -1)
-        logit, target = made(z[:, at], z, at[None])[0], wanted_GTT[:, at].float()
+        visible = torch.arange(T, device=at.device) <= at[:, None]
+        loss = binary_cross_entropy_with_logits(made(z[:, at], z, at[None])[0], wanted_GTT[:, at].float(), reduction="none")
         optimiser.zero_grad()
-        binary_cross_entropy_with_logits(logit[visible], target[visible]).backward()
+        (loss * (visible / (at + 1)[:, None] + weight_GTT[:, at])).sum(-1).mean().backward()
         optimiser.step()
     return made.requires_grad_(False)

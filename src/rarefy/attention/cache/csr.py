@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import BadInput
+from ...kernels import native
+from ...kernels.coded_attention import code_attention
 from ...method import positive
 from .base import Cache
 from .compressed import CompressedLayer
@@ -27,6 +29,11 @@ def pursue(x_ND: Tensor, atoms_AD: Tensor, k: int) -> tuple[Tensor, Tensor]:
     x, atoms = x_ND.double(), atoms_AD.double()
     index = torch.zeros(len(x), k, dtype=torch.long, device=x.device)
     weight = torch.zeros(len(x), k, dtype=torch.float64, device=x.device)
+    if native.serves(x, atoms):
+        from ...kernels.coded_attention.pursuit import pursuit
+
+        native.spread(pursuit, len(x), native.array(x), native.array(atoms), index.numpy(), weight.numpy())
+        return index, weight
     used = torch.zeros(len(x), len(atoms), dtype=torch.bool, device=x.device)
     rest, active = x, torch.ones(len(x), dtype=torch.bool, device=x.device)
     size = x.norm(dim=-1)
@@ -83,6 +90,11 @@ class _Layer(CompressedLayer):
             short = torch.int16 if len(atoms_AD) <= 2**15 else torch.int32
             out[f"{name} index"], out[name] = index.to(short).unflatten(0, x.shape[:3]), weight.to(x.dtype).unflatten(0, x.shape[:3])
         return out
+
+    def decode(self, q_BH1D: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        assert self.far.count_B is not None
+        far, (k_atoms, v_atoms) = self.far, (atoms.to(q_BH1D.dtype) for atoms in self._atoms())
+        return code_attention(q_BH1D, far["k index"], far["k"], far["v index"], far["v"], k_atoms, v_atoms, self.far.count_B, scale=scale)
 
     def scores(self, q_BGRTD: Tensor) -> Tensor:
         """q . atom once for every atom, then each key's few sums."""

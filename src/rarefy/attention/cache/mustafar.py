@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ...kernels.coded_attention import bitmap_attention, unpack_rows
 from ...method import positive
 from .compressed import CompressedLayer
 from .policy import Policy
@@ -26,15 +27,6 @@ def pack_rows(x: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     return (pad(bits, (0, -x.shape[-1] % 8)).unflatten(-1, (-1, 8)) * weight).sum(-1, dtype=torch.uint8), x.gather(-1, index)
 
 
-def unpack_rows(bitmap: Tensor, values: Tensor, width: int) -> Tensor:
-    """[..., D]: the values at the channels of the bitmap, zeros elsewhere."""
-    shift = torch.arange(8, dtype=torch.uint8, device=bitmap.device)
-    bits = ((bitmap[..., None] >> shift) & 1).flatten(-2)[..., :width].bool()
-    # A slot behind a row's last token has an empty bitmap and must not use up values.
-    values = values[bits.any(-1)]
-    return torch.zeros(bits.shape, dtype=values.dtype, device=bits.device).masked_scatter_(bits, values)
-
-
 class _Layer(CompressedLayer):
     width = 0
 
@@ -43,6 +35,11 @@ class _Layer(CompressedLayer):
         keep = max(1, round(self.budget * self.width))
         (k_bits, k), (v_bits, v) = pack_rows(k_BGTD, keep), pack_rows(v_BGTD, keep)
         return {"k bits": k_bits, "k": k, "v bits": v_bits, "v": v}
+
+    def decode(self, q_BH1D: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        assert self.far.count_B is not None
+        far = self.far
+        return bitmap_attention(q_BH1D, far["k bits"], far["k"], far["v bits"], far["v"], self.far.count_B, scale=scale)
 
     def _tile(self, what: str, start: int) -> Tensor:
         rows = slice(start, start + TILE)
@@ -63,7 +60,8 @@ class Mustafar(Policy):
     """Per-token magnitude pruning of keys and values behind a dense local window (sec. 3), stored as bitmap and packed values.
 
     Each token and head keeps max(1, round(budget * D)) channels of its key and of its value, whichever they are: ceil(D / 8)
-    bytes of bitmap and the values themselves. Scores and sums are computed from the packed form, a tile at a time.
+    bytes of bitmap and the values themselves. Scores and sums are computed from the packed form, a tile at a time. The authors' code
+    keeps one channel more, where its threshold is the last one to be dropped.
 
     Args:
         recent: newest tokens that are kept whole (32 in the paper).

@@ -10,11 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...kernels.block_attention import block_attention
+from ...kernels.block_attention import block_attention, page_meta, page_scores, top_pages
 from ...method import positive
-from ..block import highest
-from ..dynamic.scores import page_bounds
 from .aligned import Aligned
+from .base import Growing
 from .entries import attend_entries, dense
 from .policy import Policy, PolicyLayer, Rotary
 
@@ -25,8 +24,8 @@ class _Layer(PolicyLayer):
     def __init__(self, policy: Policy, index: int) -> None:
         super().__init__(policy, index)
         self.all = Aligned()
-        self.bounds: tuple[Tensor, Tensor] | None = None
-        """Smallest and largest key of each page, [B, G, N, D]."""
+        self.bounds = Growing()
+        """Largest, then smallest key of each page by channel, [B, G, N, 2 D]."""
 
     def answer(
         self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, at_BT: Tensor, *, scale: float, rotary: Rotary, hidden_BTD: Tensor | None
@@ -52,35 +51,29 @@ class _Layer(PolicyLayer):
     def _bound(self, k_BGSD: Tensor, first_new: int) -> None:
         """Bring the bounds up to date from the first page that changed."""
         page, start = self.policy.page, first_new // self.policy.page
+        changed, D = k_BGSD[:, :, start * page :], k_BGSD.shape[-1]
         there = (self.all.at() >= 0)[:, None, start * page :, None]
-        changed = k_BGSD[:, :, start * page :]
-        low = page_bounds(changed.masked_fill(~there, torch.inf), page)[0]
-        high = page_bounds(changed.masked_fill(~there, -torch.inf), page)[1]
-        if self.bounds is not None:
-            low, high = (torch.cat([old[:, :, :start], new], 2) for old, new in zip(self.bounds, (low, high), strict=True))
-        self.bounds = low, high
+        if bool(there.all()):
+            meta = page_meta(changed, page)
+        else:
+            ends = (page_meta(changed.masked_fill(~there, end), page) for end in (-torch.inf, torch.inf))
+            meta = torch.cat([x[..., i * D : (i + 1) * D] for i, x in enumerate(ends)], -1)
+        self.bounds.length = start
+        self.bounds.append(meta)
 
     def _read(self, q_BH1D: Tensor, rows: slice, count: int, scale: float) -> Tensor:
         """Attention of one query a head over its best pages, of rows with `count` tokens each."""
         page = self.policy.page
         N = -(-count // page)
-        assert self.bounds is not None
-        G = self.bounds[0].shape[1]
-        low, high = (x[rows, :, :N, None] for x in self.bounds)
-        q = q_BH1D.unflatten(1, (G, -1))[:, :, None]                                  # [B, G, 1, R, 1, D]
-        bound = torch.maximum(q[..., 0, :] * low, q[..., 0, :] * high).sum(-1)        # [B, G, N, R]
-        score_BHN = bound.transpose(2, 3).flatten(1, 2)
+        k, v = (self.all[n][rows, :, :count] for n in "kv")
+        score_BHN = page_scores(q_BH1D, k, page, self.bounds.view()[rows, :, :N])[:, :, 0]
         score_BHN[..., -1] = torch.inf
-        keep = max(1, round(self.budget * N))
-        mask_BHN = highest(score_BHN, torch.full((1,), keep, device=score_BHN.device))
+        mask_BHN = top_pages(score_BHN[:, :, None], max(1, round(self.budget * N)))[:, :, 0]
         self.policy.note(float(mask_BHN.sum()) * page - float(mask_BHN[..., -1].sum()) * (N * page - count), mask_BHN.shape[:2].numel() * count)
-        return block_attention(
-            q_BH1D, self.all["k"][rows, :, :count], self.all["v"][rows, :, :count], mask_BHN[:, :, None], block=page, query_block=1, scale=scale
-        )
+        return block_attention(q_BH1D, k, v, mask_BHN[:, :, None], block=page, query_block=1, scale=scale)
 
     def tensors(self) -> dict[str, Tensor]:
-        low, high = self.bounds or (None, None)
-        return self.all.tensors() | {name: x for name, x in (("low", low), ("high", high)) if x is not None}
+        return self.all.tensors() | ({} if self.bounds.store is None else {"bounds": self.bounds.store})
 
     def kept(self) -> Tensor:
         assert self.all.count_B is not None
@@ -88,8 +81,7 @@ class _Layer(PolicyLayer):
 
     def rows(self, take: Callable[[Tensor], Tensor]) -> None:
         self.all.rows(take)
-        if self.bounds is not None:
-            self.bounds = take(self.bounds[0]), take(self.bounds[1])
+        self.bounds.rows(take)
 
 
 class Pages(Policy):

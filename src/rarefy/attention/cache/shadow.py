@@ -54,17 +54,18 @@ class _Layer(PolicyLayer):
         return attend_entries(q_BHTD, k, v, at, at_BT, scale)[0]
 
     def _shadow(self, k_BGTD: Tensor, v_BGTD: Tensor, at_BT: Tensor, rotary: Rotary) -> None:
-        """Split a prompt: whole chunks but for the outliers become factors and landmarks, the rest stays exact."""
+        """Split a prompt: whole chunks but for the newest and the outliers become factors and landmarks, the rest stays exact."""
         C, O = self.policy.chunk, self.policy.outliers
         line = Aligned()
         turn = {} if rotary is None else {n: x.expand(k_BGTD.shape[0], -1, -1)[:, None] for n, x in zip(("cos", "sin"), rotary, strict=True)}
         line.place(at_BT, k=k_BGTD, v=v_BGTD, **turn)
         assert line.count_B is not None
-        N = int(line.count_B.max()) // C
-        if not N:
+        far_B = line.count_B // C - self.policy.local
+        N = int(far_B.max())
+        if N < 1:
             return
         k, v = (line[n][:, :, : N * C] for n in "kv")
-        whole_BN = line.count_B[:, None] >= (torch.arange(N, device=k.device) + 1) * C
+        whole_BN = torch.arange(N, device=k.device) < far_B[:, None]
         chunks = k.unflatten(2, (N, C))
         landmark = chunks.mean(3)
         alike = torch.cosine_similarity(chunks, landmark[:, :, :, None], dim=-1).amin(-1).masked_fill(~whole_BN[:, None], torch.inf)
@@ -137,7 +138,8 @@ class ShadowKV(Policy):
 
     After the first prompt: the keys of all heads, rotation undone, are replaced by a singular value decomposition of rank r
     (sec. 4.1); chunks of rotated keys by their means, the landmarks. Chunks whose mean fits them worst stay exact, as do the
-    prompt's unfinished chunk and all later tokens. A step takes the softmax over landmarks, rebuilds the keys of the best
+    prompt's last `local` chunks, its unfinished one and all later tokens (the authors' code factors those of the prompt too, and does
+    not read that). A step takes the softmax over landmarks, rebuilds the keys of the best
     max(1, round(budget * chunks)) for each key head and fetches their values. Names of tensors that begin with "offloaded"
     are what a GPU would hold in host memory; here they are counted apart (`bytes(offloaded=True)`), and `fetched_bytes()` says
     what crossed over. cos and sin of the prompt are held and counted once a layer, which a model with a table would not need.
@@ -146,16 +148,18 @@ class ShadowKV(Policy):
         chunk: tokens a landmark stands for (8 in the paper).
         rank: of the keys; 0 follows the budget, round(budget * G * D) (the paper: 160 of 1024).
         outliers: chunks that stay exact, a key head (48 in the paper, at 128k tokens).
+        local: newest whole chunks of the prompt that stay exact (4 in the authors' code).
     """
 
     name = "cache/shadow"
     unit = "chunk of cached keys"
     layer = _Layer
 
-    def __init__(self, budget: float | list[float] = 0.25, chunk: int = 8, rank: int = 0, outliers: int = 2) -> None:
+    def __init__(self, budget: float | list[float] = 0.25, chunk: int = 8, rank: int = 0, outliers: int = 2, local: int = 4) -> None:
         super().__init__(budget)
         self.chunk = positive("chunk", chunk)
         self.rank, self.outliers = int(not_negative("rank", rank)), int(not_negative("outliers", outliers))
+        self.local = int(not_negative("local", local))
         self._fetched = 0.0
 
     def note(self, fetched: float) -> None:
