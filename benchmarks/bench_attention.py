@@ -1,7 +1,7 @@
 """Attention over chosen blocks against torch's dense attention on this machine's CPU, one thread, all in one run.
 
-    python benchmarks/bench_attention.py [--prefill 8192,16384] [--train 4096,8192] [--decode 8192,32768] [--heads 8] [--kv-heads 8]
-        [--width 64] [--runs 5] [--dtypes float32,bfloat16] [--out FILE.json]
+    python benchmarks/bench_attention.py [--prefill 8192,16384] [--train 4096,8192] [--decode 8192,32768] [--lines 8192,16384] [--tokens 4096]
+        [--heads 8] [--kv-heads 8] [--width 64] [--runs 5] [--dtypes float32,bfloat16] [--out FILE.json]
 
 Calls alternate, so that a busy machine slows all of them; figures are medians of the thread's CPU time, ratios are dense / call. "ideal" is
 dense time times density: 100 % means that nothing is lost against the dense kernel of torch, more that ours is the faster one.
@@ -9,6 +9,9 @@ dense time times density: 100 % means that nothing is lost against the dense ker
 prefill    sink + window and random blocks (its own, and others drawn a head) at about 10 % and 5 % of the causal blocks, blocks of 64
 chosen     prefill with its selection counted: mean-pooled block scores, causal top-k, then attention
 train      forward and backward
+lines      whole methods that choose columns and diagonals, in prefill at about 10 % of the pairs, selection counted
+tokens     whole methods whose queries each choose their own keys, in prefill at 2 to 10 % of the pairs, selection counted; beside them the
+           peak memory of the process when their first call is done
 decode     5 % of the keys in pages of 16 by QUEST's bounds (selection counted; page metadata kept, in bfloat16); all pages by the same kernel
 """
 
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -25,8 +29,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from rarefy.attention.block import highest
+from rarefy.attention.block import BlockAttention, highest
+from rarefy.attention.dynamic.by_lines import ByLines, visible
+from rarefy.attention.dynamic.double_sparsity import DoubleSparsity
+from rarefy.attention.dynamic.loki import Loki
+from rarefy.attention.dynamic.minference import MInference
+from rarefy.attention.dynamic.sample import SampleAttention
+from rarefy.attention.dynamic.twilight import Twilight
+from rarefy.attention.dynamic.vertical_slash import VerticalSlash
+from rarefy.attention.dynamic.zipvl import ZipVL
 from rarefy.kernels.block_attention import block_attention, page_meta, page_scores, top_pages
+from rarefy.kernels.block_attention.lines import line_pairs
 
 BLOCK, PAGE = 64, 16
 Calls = dict[str, tuple[Callable[[], object], float]]
@@ -153,6 +166,55 @@ def decode(args: argparse.Namespace, dtype: torch.dtype, S: int) -> Calls:
     }
 
 
+def dialled(method: SampleAttention | ZipVL, q: Tensor, k: Tensor, density: float) -> BlockAttention:
+    """The method with the share of mass at which it keeps about `density` of the pairs."""
+    H, S, (low, high) = q.shape[1], q.shape[2], (0.0, 1.0)
+    for _ in range(12):
+        method.dial = (low + high) / 2
+        column, back = (x.expand(1, H, S) for x in method.lines_of(q, k))
+        more = float(line_pairs(column, back, S).sum()) < density * H * visible(S, S)
+        low, high = (method.dial, high) if more else (low, method.dial)
+    return method
+
+
+def lines(args: argparse.Namespace, dtype: torch.dtype, S: int) -> Calls:
+    """Methods that choose columns and diagonals, choosing within the call. Random keys scatter the diagonals of vertical-slash, its worst
+    case; "near" are the same queries and keys with a slow walk added, whose heavy diagonals lie together."""
+    q, k, v = tensors(args, dtype, S, S)
+    walk = torch.randn(1, 1, S, args.width, generator=torch.Generator().manual_seed(1)).cumsum(2) * (8 / S) ** 0.5
+    near_q, near_k = q + walk.to(dtype), k + walk.to(dtype)
+    minference = MInference(0.1)
+    minference.pattern_H, minference.heads_3 = torch.arange(args.heads) % 3, torch.tensor([args.heads, args.kv_heads, args.width])
+    given = {
+        "vertical-slash": (VerticalSlash(0.1), q, k), "vertical-slash, near": (VerticalSlash(0.1), near_q, near_k),
+        "sample": (dialled(SampleAttention(dial=0.5), q, k, 0.1), q, k), "zipvl": (dialled(ZipVL(dial=0.5), q, k, 0.1), q, k),
+        "minference": (minference, q, k),
+    }
+    calls: Calls = {"dense": (lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), 0.0)}
+    for name, (method, query, key) in given.items():
+        method(query, key, v)
+        density = method.measured_density()
+        calls[f"{name}, {density:.3f}"] = (lambda m=method, x=query, y=key: m(x, y, v)), density
+        if isinstance(method, ByLines) and name != "minference":
+            calls[f"{name}, choosing alone"] = (lambda m=method, x=query, y=key: m.lines_of(x, y)), 0.0
+    return calls
+
+
+def tokens(args: argparse.Namespace, dtype: torch.dtype, S: int) -> Calls:
+    """Methods that choose keys query by query, choosing within the call."""
+    q, k, v = tensors(args, dtype, S, S)
+    given = {"loki": Loki(0.1), "double sparsity": DoubleSparsity(0.1), "twilight": Twilight(0.1, dial=0.3)}
+    calls: Calls = {"dense": (lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), 0.0)}
+    for name, method in given.items():
+        if isinstance(method, Loki | DoubleSparsity):
+            method.observe(q[:, :, :512], k[:, :, :512], v[:, :, :512])
+            method.finish()
+        method(q, k, v)
+        peak, density = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20), method.measured_density()
+        calls[f"{name}, {density:.3f} ({peak:.1f} GiB)"] = (lambda m=method: m(q, k, v)), density
+    return calls
+
+
 def rows(kind: str, dtype: str, S: int, calls: Calls, runs: int) -> Iterator[dict[str, object]]:
     """One row a call."""
     ms = cpu_ms(calls, runs)
@@ -165,7 +227,8 @@ def rows(kind: str, dtype: str, S: int, calls: Calls, runs: int) -> Iterator[dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     sizes = {"type": lambda text: [int(x) for x in text.split(",") if x]}
-    for name, value in (("prefill", [8192, 16384]), ("train", [4096, 8192]), ("decode", [8192, 32768])):
+    for name, value in (("prefill", [8192, 16384]), ("train", [4096, 8192]), ("decode", [8192, 32768]), ("lines", [8192, 16384]),
+                        ("tokens", [4096])):
         parser.add_argument(f"--{name}", default=value, **sizes)
     for name, value in (("heads", 8), ("kv-heads", 8), ("width", 64), ("runs", 5), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -174,7 +237,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = []
-    for measure, lengths, runs in ((prefill, args.prefill, args.runs), (train, args.train, args.runs), (decode, args.decode, 5 * args.runs)):
+    phases = ((prefill, args.prefill, args.runs), (train, args.train, args.runs), (decode, args.decode, 5 * args.runs),
+              (lines, args.lines, args.runs), (tokens, args.tokens, args.runs))
+    for measure, lengths, runs in phases:
         for dtype in args.dtypes:
             for S in lengths:
                 with torch.set_grad_enabled(measure is train):

@@ -8,14 +8,16 @@ density is what the method counted. Everything that a call costs is in it: choic
 prefill    two layers, 512 wide, 8 heads, random weights and tokens; 4k tokens, with --full 16k; methods at 10 % in blocks of 64
 train      forward and backward of the same at 1k tokens, with --full 4k
 decode     greedy steps of the built-in model (6 layers, 4 heads of 64, 2 key heads) behind random tokens, 2k or with --full 8k of them: beyond
-           the 2k positions it was trained on, which matters for what it says and not for how fast. Dense: sdpa and DynamicCache; Quest with
-           rarefy's cache, prefill dense, pages of 16. And what needles the recall model finds at these budgets in 512 tokens, in decoding.
+           the 2k positions it was trained on, which matters for what it says and not for how fast; and of the recall model for 8k tokens
+           (2 layers, 4 heads of 32). Dense: sdpa and DynamicCache; Quest with rarefy's cache, prefill dense, pages of 16. And what needles
+           the recall model finds at these budgets in as many tokens, in decoding.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import statistics
 import time
@@ -99,36 +101,43 @@ class Generation:
                                            max_new_tokens=count, min_new_tokens=count, use_cache=True, pad_token_id=0)
 
 
-def decode(dtype: str, S: int, runs: int, count: int = 32) -> list[Row]:
-    """Tokens a second of the built-in model."""
-    model = LlamaForCausalLM.from_pretrained(builtin_folder(), dtype=getattr(torch, dtype)).eval()
-    ids = torch.randint(0, 4096, (1, S), generator=torch.Generator().manual_seed(0))
+def generations(model: Any, S: int) -> dict[str, Generation]:
+    """A model behind S random tokens of its vocabulary, dense and by Quest."""
+    ids = torch.randint(0, model.config.vocab_size, (1, S), generator=torch.Generator().manual_seed(0))
     made: dict[str, Generation] = {"dense": Generation(model, ids, DynamicCache(), None)}
     made["dense, rarefy's cache"] = Generation(model, ids, Cache(), None)
-    made |= {f"quest {budget:g}": Generation(model, ids, Cache(), Quest(budget=budget, block=16).eval()) for budget in BUDGETS}
+    return made | {f"quest {budget:g}": Generation(model, ids, Cache(), Quest(budget=budget, block=16).eval()) for budget in BUDGETS}
+
+
+def decode(dtype: str, S: int, runs: int, count: int = 32) -> list[Row]:
+    """Tokens a second of the built-in model and of the recall model for S tokens, and the needles that the latter finds in S tokens."""
+    kind = getattr(torch, dtype)
+    models = {"": LlamaForCausalLM.from_pretrained(builtin_folder(), dtype=kind).eval(), "recall model, ": recall_model(S).to(kind)}
+    made = {prefix + name: one for prefix, model in models.items() for name, one in generations(model, S).items()}
     spent = in_turn({name: (lambda one=one: one.steps(count)) for name, one in made.items()}, runs)
-    found = {f"quest {budget:g}": score for budget, score in zip((1.0, *BUDGETS), recalled((1.0, *BUDGETS)), strict=True)}
-    found["dense"] = found["quest 1"]
-    return [{"kind": "decode", "dtype": dtype, "tokens": S, "call": name, "s": round(t, 4), "ratio": round(spent["dense"] / t, 2),
+    found = {f"quest {budget:g}": score for budget, score in recalled((1.0, *BUDGETS), S, kind).items()}
+    found["dense"] = found.pop("quest 1")
+    dense = {name: spent[("recall model, " if name.startswith("recall") else "") + "dense"] for name in spent}
+    return [{"kind": "decode", "dtype": dtype, "tokens": S, "call": name, "s": round(t, 4), "ratio": round(dense[name] / t, 2),
              "tokens/s": round(count / t, 1), "density": round(made[name].method.measured_density(), 4) if made[name].method is not None else 1.0,
-             "needle": found.get(name)} for name, t in spent.items()]
+             "needle": found.get(name.removeprefix("recall model, "))} for name, t in spent.items()]
 
 
-def recalled(budgets: tuple[float, ...]) -> list[float]:
-    """Share of needles found by the recall model in 512 tokens: filler read densely, each question answered under Quest."""
-    model = recall_model()
-    task = needles(list(KEYS), list(VALUES), list(FILLER), 512, 8, 64, asked=4)
-    scores = []
-    for budget in budgets:
-        first = int(task.answer.nonzero()[:, 1].min()) - 1       # the first question
-        cache = Cache()
-        model(input_ids=task.input_ids[:, :first], past_key_values=cache)
-        with replaced(model, {"layers.*.attn": Quest(budget=budget, block=16).eval()}):
-            said = torch.stack([model(input_ids=task.input_ids[:, t : t + 1], past_key_values=cache).logits[:, -1].argmax(-1)
-                                for t in range(first, task.input_ids.shape[1] - 1)], 1)
-        right = said == task.input_ids[:, first + 1 :]
-        scores.append(round(float(right[task.answer[:, first + 1 :]].float().mean()), 4))
-    return scores
+def recalled(budgets: tuple[float, ...], S: int, dtype: torch.dtype) -> dict[float, float]:
+    """Share of 4 needles of 8 found by the recall model in S tokens: filler read densely, each question answered under Quest."""
+    model, sequences = recall_model(S).to(dtype), 64 if S <= 512 else 16
+    task = needles(list(KEYS), list(VALUES), list(FILLER), S, 8, sequences, asked=4)
+    first = int(task.answer.nonzero()[:, 1].min()) - 1            # the first question
+    right = dict.fromkeys(budgets, 0.0)
+    for ids in task.input_ids.split(max(1, 8192 // S)):
+        read = Cache()
+        model(input_ids=ids[:, :first], past_key_values=read, logits_to_keep=1)
+        for budget in budgets:
+            cache = copy.deepcopy(read)
+            with replaced(model, {"layers.*.attn": Quest(budget=budget, block=16).eval()}):
+                logits = [model(input_ids=ids[:, t : t + 1], past_key_values=cache).logits[:, -1] for t in range(first, S - 1)]
+            right[budget] += float((torch.stack(logits, 1).argmax(-1) == ids[:, first + 1 :])[:, ::2].sum())      # every second token is an answer
+    return {budget: round(count / int(task.answer.sum()), 4) for budget, count in right.items()}
 
 
 def main() -> None:

@@ -32,6 +32,8 @@ FAMILIES = {
         "Attention", "[static](docs/patterns.md), [dynamic](docs/dynamic-attention.md), [trained](docs/trained-attention.md), "
         "[structured](docs/structured-attention.md)"),
     "patterns": ("Attention patterns", "[gallery](docs/patterns.md)"),
+    "layers": ("Layers", "[structured](docs/structured-attention.md)"),
+    "kernels": ("Kernels", "[structured](docs/structured-attention.md)"),
     "cache": ("KV cache", "[policies](docs/kv-cache.md)"),
     "maps": ("Maps to probabilities", "[maps](docs/maps.md)"),
     "tasks": ("Tasks and evaluations", "[suite](docs/attention-suite.md)"),

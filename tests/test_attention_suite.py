@@ -56,8 +56,10 @@ def test_the_worst_task_and_the_mean() -> None:
     assert "a/y at budget 0.1 in decode: it loses 30% on average and 60% of two" in said or "a/y at budget 0.3" in said
 
 
-def test_winners_at_the_least_budget() -> None:
-    assert winners(MADE) == [["one", "decode", "512", "0.1", "a/y", "1.00"], ["two", "decode", "512", "0.1", "a/x", "1.00"]]
+def test_winners_at_each_budget() -> None:
+    least = [row for row in winners(MADE) if row[3] == "0.1"]
+    assert least == [["one", "decode", "512", "0.1", "a/y", "1.00"], ["two", "decode", "512", "0.1", "a/x", "1.00"]]
+    assert ["one", "decode", "512", "0.3", "a/x", "0.99"] in winners(MADE) and len(winners(MADE)) == 6
     level = lines({("a/x", 0.1, "one"): 0.0, ("a/y", 0.1, "one"): 0.005})
     assert winners(level)[0][4] == "x = y"
 

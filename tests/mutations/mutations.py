@@ -50,6 +50,22 @@ MUTATIONS = {
     "least density past a gap": Mutation(
         "jobs/attention_suite_page.py", "        if not kept:\n            break\n", "        if not kept:\n            continue\n",
         "tests/test_attention_suite.py -k above_which_nothing"),
+    "a question asked again has another answer": Mutation(
+        "tasks/recall.py", "task.input_ids.gather(1, at_BK)]", "task.input_ids.gather(1, at_BK.flip(1))]",
+        "tests/test_recall_long.py -k asked_again"),
+    "no rotation is slowed": Mutation(
+        "tasks/recall_long.py", '"factor": longest / CONTEXT', '"factor": 1.0', "tests/test_recall_long.py -k slow_rotations"),
+    "a pattern never fits a budget": Mutation(
+        "jobs/attention_suite_page.py", "p.density <= 1.1 * budget", "p.density <= 0.9 * budget", "tests/test_recall_long.py -k pattern_stands"),
+    "sparser with length is denser": Mutation(
+        "jobs/attention_suite_page.py", "(falls if long < short else rises)", "(rises if long < short else falls)",
+        "tests/test_recall_long.py -k least_density"),
+    "decoding goes on with the cache that is kept": Mutation(
+        "jobs/attention_suite_run.py", "return copy.deepcopy(sitting.prefixes[at])", "return sitting.prefixes[at]",
+        "tests/test_recall_long.py -k read_once"),
+    "the longest length that fits is left out": Mutation(
+        "jobs/attention_suite.py", "for n in request.lengths if n > longest}", "for n in request.lengths if n >= longest}",
+        "tests/test_recall_long.py -k left_out"),
     "inf passes": Mutation(
         "selection.py", "not torch.isfinite(x).all()", "torch.isnan(x).any()", "tests/test_selection.py -k check_finite"),
     "random reads the scores": Mutation(
@@ -204,8 +220,8 @@ MUTATIONS = {
     "listed keys' weights in another base": Mutation(
         "kernels/block_attention/loops.py", "more[place] * _LOG2E if biased", "more[place] if biased",
         "tests/numerics/test_block_attention_compiled.py -k listed_tokens"),
-    "half a tile's pairs counted twice": Mutation(
-        "kernels/block_attention/mask.py", "kept & (self.partial < 0)", "kept", "tests/numerics/test_block_attention_masks.py -k density"),
+    "tiles that the diagonal cuts are counted whole": Mutation(
+        "kernels/block_attention/pairs.py", "clean = blocks & ~cut_QN", "clean = blocks", "tests/numerics/test_block_attention_masks.py -k density"),
     "summaries are described in pages of another size": Mutation(
         "attention/block.py", "self.describe, self.block)", "self.describe, 1)", "tests/attention/test_dynamic.py -k summaries"),
     "strips of bounds begin at the wrong query": Mutation(
@@ -512,7 +528,15 @@ MUTATIONS = {
         "attention/trained/moba.py", "count[-1:] = S - (total.shape[2] - 1) * block", "pass",
         "tests/attention/test_trained_blocks.py -k truth_is_the_pooled"),
     "sparsek's tau stands still": Mutation(
-        "attention/trained/sparsek.py", "- (mean - mean.detach()) - tau", "- tau", "tests/attention/test_trained_maps.py -k jacobian"),
+        "attention/trained/projection.py", "- (mean - mean.detach()) - tau", "- tau", "tests/attention/test_trained_maps.py -k jacobian"),
+    "sparsek forgets keys that one head still keeps": Mutation(
+        "attention/trained/sparsek.py", "> tau[:, :, -1:]).any(1).any(0)]", "> tau[:, :, -1:]).all(1).all(0)]",
+        "tests/attention/test_trained_maps.py -k at_a_time"),
+    "biformer routes by its first head": Mutation(
+        "attention/trained/biformer.py", ".mT).sum(1, keepdim=True)", ".mT)[:, :1]", "tests/attention/test_references_trained.py -k biformer"),
+    "sea's cell is the later of two": Mutation(
+        "attention/trained/sea.py", "* self.cells - 1) // (2 * seen_T)", "* self.cells) // (2 * seen_T)",
+        "tests/attention/test_references_trained.py -k sea"),
     "DIFF pairs heads by halves": Mutation(
         "attention/trained/diff.py", "torch.stack(self._normed(out_BPTE).chunk(2, -1), 2).flatten(1, 2)",
         "torch.cat(self._normed(out_BPTE).chunk(2, -1), 1)",
@@ -536,7 +560,7 @@ MUTATIONS = {
         "attention/patterns/words.py", "first = first.minimum((count - n).clamp_min(0)).clamp_min(0)", "first = first.clamp_min(0)",
         "tests/attention/test_patterns.py -k neighbours"),
     "the first query block is counted whole": Mutation(
-        "attention/patterns/count.py", "cut_QN = ragged_Q[:, None] | (", "cut_QN = (",
+        "kernels/block_attention/pairs.py", "cut_QN = ragged_Q[:, None] | (", "cut_QN = (",
         "tests/attention/test_patterns.py -k mean_what"),
     "labels of padding are not left out": Mutation(
         "attention/pattern.py", "return table[: len(real_S)][real_S]", "return table[: int(real_S.sum())]",
@@ -559,13 +583,18 @@ MUTATIONS = {
     "a static cache passes": Mutation(
         "attach.py", 'getattr(layers[at], "is_compileable", False)', "False", "tests/test_site_attention.py -k static"),
     "an empty slot uses up packed values": Mutation(
-        "attention/cache/mustafar.py", "values = values[bits.any(-1)]", "values = values.flatten(0, -2)",
+        "kernels/coded_attention/reference.py", "values = values[bits.any(-1)]", "values = values.flatten(0, -2)",
         "tests/attention/test_cache_laws.py -k 'rows_do_not and mustafar'"),
     "every group of heads meets the first key heads": Mutation(
         "attention/per_head.py", "first, last = i * heads // share, ((i + 1) * heads - 1) // share + 1", "first, last = 0, (heads - 1) // share + 1",
         "tests/test_site_attention.py -k cut_through"),
     "a closing token sees more than its span": Mutation(
         "attention/cache/sentinel.py", " & (q_kind != CLOSE)[:, :, None]", "", "tests/attention/test_cache_policies.py -k wrapping"),
+    "a controller is taught membership alone": Mutation(
+        "attention/cache/controller.py", " + weight_GTT[:, at])", ")", "tests/attention/test_cache_learned.py -k all_the_probability"),
+    "a prompt's newest chunks are blurred too": Mutation(
+        "attention/cache/shadow.py", "far_B = line.count_B // C - self.policy.local", "far_B = line.count_B // C",
+        "tests/attention/test_cache_policies.py -k landmarks_name"),
     "the current token may be released": Mutation(
         "attention/cache/adore.py", "score.masked_fill((place == now_B[:, None])[:, None], torch.inf)", "score",
         "tests/attention/test_cache_learned.py -k adore_attends"),
@@ -619,6 +648,59 @@ MUTATIONS = {
     "the sparse softmax keeps its size": Mutation(
         "attention/dynamic/rettention.py", 'state["share"] * super()._attend(q, k, v, scale, causal)', "super()._attend(q, k, v, scale, causal)",
         "tests/attention/test_dynamic_steps.py -k rettention"),
+    "top-p of SpargeAttn takes the block that passes the share": Mutation(
+        "attention/dynamic/sparge.py", "tail_levels(mass, within=True)", "tail_levels(mass)", "tests/attention/test_references_dynamic.py -k sparge"),
+    "a segment's own blocks take part in the share of the others": Mutation(
+        "attention/dynamic/permuted.py", "~seen | own, -torch.inf", "~seen, -torch.inf", "tests/attention/test_references_dynamic.py -k pbs"),
+    "the hashing centre counts the sinks": Mutation(
+        "attention/dynamic/magicpig.py", "min(self.sinks, self.centre - 1) : self.centre", ": self.centre",
+        "tests/attention/test_references_dynamic.py -k magicpig"),
     "a run chooses at each step": Mutation(
         "attention/dynamic/sparse_d.py", 'if "mask" not in state or', "if True or", "tests/attention/test_dynamic_steps.py -k sparse_d"),
+    "masses take their own lse": Mutation(
+        "attention/dynamic/adaspa.py", "if lse_BHT is None else torch.maximum(lse_BHT, score.amax(-1))", "",
+        "tests/attention/test_dynamic_more.py -k cached_lse"),
+    "heads that keep most are given more": Mutation(
+        "attention/dynamic/adaspa.py", "(rank_BH >= H - count_B1).double() - (rank_BH < count_B1).double()",
+        "(rank_BH < count_B1).double() - (rank_BH >= H - count_B1).double()", "tests/attention/test_dynamic_more.py -k moves_budget"),
+    "tiles are summed along the diagonal": Mutation(
+        "attention/dynamic/antidiagonal.py", ".flip(3).flatten(3)", ".flatten(3)", "tests/attention/test_dynamic_more.py -k by_their_definition"),
+    "chunks are cut from the first query": Mutation(
+        "attention/dynamic/chunked.py", "((S - T + start) // self.chunk + 1) * self.chunk - (S - T)", "start + self.chunk",
+        "tests/attention/test_dynamic_more.py -k through_a_cache"),
+    "a head stops short of its target": Mutation(
+        "attention/dynamic/chunked.py", "(recall_HC < self.target) | (density_HC", "(recall_HC < self.target) & (density_HC",
+        "tests/attention/test_dynamic_more.py -k target_recall"),
+    "blocks of lines are counted up to their end": Mutation(
+        "attention/dynamic/flex_prefill.py", "(rank * block - 1)", "(rank * block)", "tests/attention/test_dynamic_more.py -k flex_prefill"),
+    "segments of padding alone have a CLS": Mutation(
+        "attention/structured/hat.py", "torch.cat([there.any(-1, keepdim=True), there], -1)",
+        "torch.cat([torch.ones_like(there[..., :1]), there], -1)", "tests/attention/test_structured_layers.py -k hat_padding"),
+    "depth does not still the maps": Mutation(
+        "attention/structured/graph.py", "math.log(self.lam / number + 1)", "math.log(self.lam + 1)",
+        "tests/attention/test_structured_layers.py -k fdgatii_is"),
+    "cells' centres lie at the border": Mutation(
+        "attention/structured/sampling.py", "align_corners=False", "align_corners=True", "tests/attention/test_structured_sampling.py -k bilinear"),
+    "a page seen in part is shared": Mutation(
+        "kernels/block_attention/paged.py", "full_R, spans, found = (length_R // page).tolist()",
+        "full_R, spans, found = (-(-length_R // page)).tolist()",
+        "tests/attention/test_schedule.py -k 'only_where or every_key_once'"),
+    "a tile that holds one later key is whole": Mutation(
+        "kernels/block_attention/irregular.py", "one & (last_k <= first_q)", "one & (first_k <= first_q)",
+        "tests/attention/test_irregular.py -k dropped"),
+    "pooling counts places behind the text": Mutation(
+        "tasks/sources.py", "score.masked_fill(~there, -torch.inf).softmax(2)", "score.softmax(2)",
+        "tests/test_tasks_attention_sources.py -k pools_real"),
+    "a column sees one query less": Mutation(
+        "kernels/block_attention/line_loops.py", "at_C[c + j] - first)", "at_C[c + j] - first + 1)",
+        "tests/attention/test_by_lines.py -k masked_softmax"),
+    "a key in a column and on a diagonal counts twice": Mutation(
+        "kernels/block_attention/line_loops.py", "scores[count * LANES + r] += taken[n + r]", "pass",
+        "tests/attention/test_by_lines.py -k masked_softmax"),
+    "pairs of crossing lines are counted twice": Mutation(
+        "kernels/block_attention/lines.py", "- (both_BHS * column_BHS).sum(-1)", "", "tests/attention/test_by_lines.py -k masked_softmax"),
+    "some queries at a time see the keys of the next": Mutation(
+        "attention/block.py", "k[:, :, : S - T + stop], v[:, :, : S - T + stop]", "k, v", "tests/attention/test_by_query.py -k at_a_time"),
+    "zeros of two signs differ": Mutation(
+        "kernels/block_attention/loops.py", "np.int32(0) if i == np.int32(-0x80000000) else ", "", "tests/attention/test_by_query.py -k highest"),
 }

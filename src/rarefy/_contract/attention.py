@@ -6,109 +6,20 @@ Shape letters: H, G = query and key heads; T, S = queries and keys; D = head wid
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..method import Sparse
-from .latents import FLIPS
+from .attention_notes import D_HEAD, HEADS, Notes, fitted, moved_blocks
+from .attention_trained import TRAINED
 from .spec import Inputs, Spec
-
-HEADS, KV_HEADS, KEYS, D_HEAD = 4, 2, 53, 20
-
-
-def heads(batch: int, seed: int) -> Inputs:
-    """q [B, 4, 53, 20], k and v [B, 2, 53, 20]: 53 keys leave a ragged last block."""
-    generator = torch.Generator().manual_seed(seed)
-    q = torch.randn(batch, HEADS, KEYS, D_HEAD, generator=generator)
-    k, v = torch.randn(2, batch, KV_HEADS, KEYS, D_HEAD, generator=generator).unbind()
-    return q, k, v
-
-
-def causal(method: Any, inputs: Inputs) -> Tensor:
-    """softmax(q k / sqrt(D)) v over keys not later than the query, as two products."""
-    q, k, v = inputs[:3]
-    T, S = q.shape[2], k.shape[2]
-    share = q.shape[1] // k.shape[1]
-    score = q @ k.repeat_interleave(share, 1).mT / q.shape[-1] ** 0.5
-    later = ~torch.ones(T, S, dtype=torch.bool).tril(S - T)
-    return score.masked_fill(later, -torch.inf).softmax(-1) @ v.repeat_interleave(share, 1)
-
-
-def pairs(method: Any, inputs: Inputs) -> float:
-    """Density by the method's own count of (query, key) pairs."""
-    with torch.no_grad():
-        method.measured_density()
-        method(*inputs)
-    return method.measured_density()
-
-
-def moved_blocks(method: Any, inputs: Inputs, order: Tensor) -> tuple[Sparse, Inputs]:
-    """Whole key blocks before the newest in another order, seen from the last query only."""
-    q, k, v = inputs
-    at = torch.arange(k.shape[2])
-    at[: len(order) * method.block] = at[: len(order) * method.block].view(len(order), -1)[order].flatten()
-    return method, (q, k[:, :, at], v[:, :, at])
-
-
-def fitted(method: Sparse, inputs: Inputs) -> None:
-    """Observe queries, keys and values, and finish."""
-    method.observe(*inputs)
-    method.finish()
-
-
-@dataclass(frozen=True)
-class Notes:
-    """What is peculiar to one attention method."""
-
-    arguments: Mapping[str, Any] = field(default_factory=lambda: {"block": 8})
-    """Constructor arguments beside budget, for small inputs."""
-    variants: tuple[dict[str, Any], ...] = ()
-    """Further arguments to run the laws with."""
-    takes_budget: bool = True
-    """False where the density follows from other arguments; the laws then run at `budgets` alone."""
-    budgets: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
-    inputs: Callable[[int, int], Inputs] = heads
-    fit: Callable[[Sparse, Inputs], None] | None = None
-    dense: Callable[[Sparse, Inputs], Tensor] | None = causal
-    """What everything selected must give; None with `not_dense`."""
-    not_dense: str = ""
-    permuted: Callable[[Sparse, Inputs, Tensor], tuple[Sparse, Inputs]] | None = None
-    not_permuted: str = "the choice goes by position"
-    density: Callable[[Sparse, Inputs], float] | None = pairs
-    slack: float = 0.25
-    """How far the measured density may lie from the budget: a query of the inputs sees at most 7 blocks of 8."""
-    bad: tuple[tuple[Mapping[str, Any], str], ...] = ()
-    """Further bad arguments and the one that the error must name."""
-    bounds: Mapping[torch.dtype, float] = field(default_factory=lambda: FLIPS)
-    expected_failures: Mapping[str, str] = field(default_factory=dict)
-
 
 _MAP = "another map than softmax: with every key kept it is still not dense attention"
 _LOOSE = "how many weights are above zero follows from the scores"
-_SIZES = {"heads": HEADS, "key_heads": KV_HEADS, "d_head": D_HEAD}
-_TRAINED_BAD = (({"heads": 0}, "heads"), ({"key_heads": 3}, "key_heads"), ({"d_head": 0}, "d_head"))
 
 
-def with_hidden(batch: int, seed: int) -> Inputs:
-    """`heads` and the 24-wide hidden state [B, 53, 24] that the layer was given."""
-    generator = torch.Generator().manual_seed(seed + 1)
-    return (*heads(batch, seed), torch.randn(batch, KEYS, 24, generator=generator))
-
-
-def selected_pairs(method: Any, inputs: Inputs) -> float:
-    """Density of the selection branch alone: pairs of chosen blocks of pairs seen."""
-    mask = method.select(*inputs).mask.repeat_interleave(method.block, 3)[..., :KEYS].tril()
-    return float(mask.sum()) / (mask.shape[0] * mask.shape[1] * KEYS * (KEYS + 1) / 2)
-
-
-_NSA = Notes(
-    arguments={**_SIZES, "hidden": 24, "block": 8, "compress": 8, "stride": 4, "window": 12, "local": 1}, inputs=with_hidden, dense=None,
-    not_dense="three branches are mixed by gates", density=selected_pairs, slack=0.3,
-    bad=(*_TRAINED_BAD, ({"stride": 3}, "stride"), ({"window": 0}, "window"), ({"top": -1}, "top"), ({"hidden": 0}, "hidden")),
-)
 PATTERNS: Mapping[str, Callable[[int, int, int], bool]] = {
     "window(9) | sinks(2)": lambda q, k, head: 0 <= q - k < 9 or k <= q and k < 2,
     "blocks(8, window(1) | shards(4)) | tokens(0)": lambda q, k, head: k <= q and (q // 8 == k // 8 or k // 8 % 4 == head or k == 0),
@@ -126,25 +37,10 @@ def of_pattern(method: Any, inputs: Inputs) -> Tensor:
     return score.masked_fill(~keep, -torch.inf).softmax(-1) @ v.repeat_interleave(share, 1)
 
 
-def weighted(method: Any, inputs: Inputs) -> Tensor:
-    """Dense causal attention with each key's own importance added to its logits."""
-    q, k, v = inputs
-    share = q.shape[1] // k.shape[1]
-    score = q @ k.repeat_interleave(share, 1).mT / q.shape[-1] ** 0.5 + method.importance(v).repeat_interleave(share, 1)[:, :, None]
-    later = ~torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
-    return score.masked_fill(later, -torch.inf).softmax(-1) @ v.repeat_interleave(share, 1)
-
-
-def image(batch: int, seed: int) -> Inputs:
-    """q [B, 4, 64, 20], k and v [B, 2, 64, 20]: a map of 8 x 8."""
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(batch, n, 64, D_HEAD, generator=generator) for n in (HEADS, KV_HEADS, KV_HEADS))
-
-
 _SERVED_DENSE = {"L8": "outside training it is the dense attention that it stands in for: it changes nothing"}
 
 
-NOTES: dict[str, Notes] = {
+NOTES: dict[str, Notes] = TRAINED | {
     "attention/pattern": Notes(
         arguments={"block": 8, "query_block": 8, "pattern": "window(9) | sinks(2)"}, takes_budget=False, budgets=(1.0,), dense=of_pattern, slack=1.0,
         variants=({"pattern": "blocks(8, window(1) | shards(4)) | tokens(0)", "query_block": 1},), bad=(({"pattern": "windw(3)"}, "pattern"),),
@@ -206,76 +102,6 @@ NOTES: dict[str, Notes] = {
         not_dense="distance is held against keys; a slope of nothing has a test of its own", slack=1.0,
         bad=(({"heads": 0}, "heads"), ({"d_head": 0}, "d_head"), ({"rows": -1.0}, "rows")),
     ),
-    "attention/moba": Notes(
-        variants=({"query_block": 8}, {"order": "queries"}), permuted=moved_blocks, not_permuted="",
-        bad=(({"top": -1}, "top"), ({"order": "rows"}, "order")),
-    ),
-    "attention/seer": Notes(
-        arguments={**_SIZES, "block": 8, "query_block": 1}, variants=({"query_block": 8},), bad=(*_TRAINED_BAD, ({"d_gate": 3}, "d_gate")),
-    ),
-    "attention/nsa": _NSA,
-    "attention/fsa": _NSA,
-    "attention/purbo": Notes(
-        arguments={**_SIZES, "window": 5, "sinks": 2, "d_index": 2}, variants=({"retrieval": "1, 2", "p": 0.45},), takes_budget=False,
-        budgets=(1.0,), dense=None, not_dense="how much is kept follows from p and the indexer; p = 1 has a test of its own", slack=1.0,
-        bad=(*_TRAINED_BAD, ({"p": 0.0}, "p"), ({"d_index": 0}, "d_index"), ({"retrieval": "9"}, "retrieval"), ({"sinks": 0}, "sinks")),
-    ),
-    "attention/routing": Notes(
-        arguments={**_SIZES, "clusters": 3}, variants=({"w": 9, "local_heads": 1, "window": 5},), takes_budget=False, budgets=(1.0,), dense=None,
-        not_dense="how much is kept follows from the clusters; one cluster has a test of its own", slack=1.0,
-        bad=(*_TRAINED_BAD, ({"clusters": 0}, "clusters"), ({"w": -1}, "w"), ({"local_heads": 5}, "local_heads"), ({"decay": 0.0}, "decay")),
-    ),
-    "attention/sea": Notes(
-        arguments={**_SIZES, "cells": 8, "features": 6}, slack=0.03,
-        bad=(*_TRAINED_BAD, ({"cells": 0}, "cells"), ({"features": 0}, "features")),
-        expected_failures={"M9": "the decoder's work a query is fixed, and at 53 keys more than that of dense attention"},
-    ),
-    "attention/sma": Notes(
-        arguments={**_SIZES, "window": 5}, takes_budget=False, budgets=(1.0,), dense=None, not_dense="each token says whether it attends", slack=1.0,
-        bad=(*_TRAINED_BAD, ({"window": 0}, "window"), ({"lean": float("inf")}, "lean")),
-    ),
-    "attention/shared_diff": Notes(
-        arguments={**_SIZES, "rank": 2}, takes_budget=False, budgets=(1.0,), dense=None, not_dense="it is the difference of two maps", slack=0.0,
-        bad=(*_TRAINED_BAD, ({"layer": -1}, "layer"), ({"eps": -1.0}, "eps"), ({"rank": 0}, "rank"), ({"rank": 21}, "rank")),
-    ),
-    "attention/llsa": Notes(
-        arguments={"top": 2, "block": 3, "levels": 2}, variants=({"shared": False, "coarse": "rest"}, {"coarse": "none", "levels": 1}),
-        takes_budget=False, budgets=(1.0,), dense=None, not_dense="`top` blocks a level; taking all has a test of its own", slack=1.0,
-        bad=(({"top": 0}, "top"), ({"levels": 0}, "levels"), ({"coarse": "some"}, "coarse"), ({"shared": 1}, "shared")),
-    ),
-    "attention/nosa": Notes(
-        arguments={**_SIZES, "block": 8, "pool": 4, "local": 1}, variants=({"steady": 0.0},), dense=weighted, slack=0.3,
-        bad=(*_TRAINED_BAD, ({"pool": 3}, "pool"), ({"local": 0}, "local"), ({"steady": 1.0}, "steady"), ({"steady": -0.1}, "steady")),
-    ),
-    "attention/biformer": Notes(
-        arguments={**_SIZES, "regions": 4, "local": 3}, inputs=image, dense=None,
-        not_dense="a convolution of the values is added; without it all regions have a test of their own", slack=0.03,
-        bad=(*_TRAINED_BAD, ({"regions": 0}, "regions"), ({"local": 2}, "local"), ({"top": -1}, "top"), ({"width": -1}, "width")),
-        expected_failures={"L8": "a Llama is causal, and the regions of a map attend both ways: it is refused by name"},
-    ),
-    "attention/sparsifiner": Notes(
-        arguments={**_SIZES, "tokens": 53, "down": 5, "d_low": 2, "floor": 0.15}, slack=0.03,
-        bad=(*_TRAINED_BAD, ({"tokens": 0}, "tokens"), ({"down": 0}, "down"), ({"d_low": 0}, "d_low"), ({"floor": -1.0}, "floor")),
-    ),
-    "attention/spt": Notes(
-        arguments={**_SIZES, "parts": 4, "words": 3}, slack=0.03, bad=(*_TRAINED_BAD, ({"parts": 3}, "parts"), ({"words": 0}, "words")),
-    ),
-    "attention/dsv": Notes(
-        arguments={**_SIZES, "rank": 3}, slack=0.03,
-        bad=(*_TRAINED_BAD, ({"rank": 0}, "rank"), ({"rank": 21}, "rank"), ({"dense_heads": "9"}, "dense_heads")),
-    ),
-    "attention/flux": Notes(
-        arguments={**_SIZES, "hidden": 24, "window": 5, "sinks": 2}, inputs=with_hidden, takes_budget=False, budgets=(1.0,), dense=None,
-        not_dense="the router decides; both ways have tests of their own", slack=1.0,
-        bad=(*_TRAINED_BAD, ({"window": 0}, "window"), ({"tail": 0}, "tail"), ({"target": 0.0}, "target"), ({"price": -1.0}, "price")),
-    ),
-    "attention/diff": Notes(
-        arguments=_SIZES, takes_budget=False, budgets=(1.0,), dense=None, not_dense="it is the difference of two maps", slack=0.0,
-        bad=(*_TRAINED_BAD, ({"layer": -1}, "layer"), ({"eps": -1.0}, "eps")),
-    ),
-    "attention/sparsek": Notes(
-        arguments={**_SIZES, "window": 4}, slack=0.25, bad=(*_TRAINED_BAD, ({"window": 0}, "window"), ({"k": -1}, "k")),
-    ),
     "attention/entmax": Notes(
         arguments={}, variants=({"alpha": 2.0}, {"alpha": 1.3, "heads": 4}), takes_budget=False, budgets=(1.0,), dense=None, not_dense=_MAP,
         density=None, slack=1.0, bad=(({"alpha": 0.5}, "alpha"), ({"heads": -1}, "heads")),
@@ -294,6 +120,24 @@ NOTES: dict[str, Notes] = {
     "attention/quest": Notes(variants=({"query_block": 8},), permuted=moved_blocks, not_permuted=""),
     "attention/blasst": Notes(
         fit=fitted, variants=({"query_block": 8},), slack=0.3, bad=(({"dial": -1.0}, "dial"),)),
+    "attention/quest_top_p": Notes(fit=fitted, variants=({"block": 4, "query_block": 4},), slack=0.3, bad=(({"dial": 1.0}, "dial"),)),
+    "attention/adaspa": Notes(
+        arguments={"block": 8, "query_block": 8}, variants=({"query_block": 1},), slack=0.3, bad=(({"dense": 1.5}, "dense"), ({"every": 0}, "every")),
+    ),
+    "attention/chunked": Notes(
+        arguments={"chunk": 24, "last": 6}, fit=fitted, slack=0.1,
+        bad=(({"target": 1.0}, "target"), ({"chunk": 0}, "chunk"), ({"share": 0.0}, "share"), ({"last": 0}, "last")),
+    ),
+    "attention/antidiagonal": Notes(
+        arguments={"block": 8, "query_block": 8, "stride": 4}, slack=0.3, bad=(({"stride": 0}, "stride"), ({"stride": 3}, "stride")),
+    ),
+    "attention/antidiagonal_top_p": Notes(
+        arguments={"block": 4, "query_block": 4, "stride": 2}, fit=fitted, slack=0.3,
+        bad=(({"stride": 3}, "stride"), ({"dial": 1.0}, "dial")),
+    ),
+    "attention/flex_prefill": Notes(
+        arguments={"block": 4}, variants=({"tau": 1.0},), fit=fitted, slack=0.3, bad=(({"tau": -1.0}, "tau"), ({"dial": 1.0}, "dial")),
+    ),
     "attention/double_sparsity": Notes(arguments={}, fit=fitted, slack=0.06, bad=(({"channels": 0.0}, "channels"),)),
     "attention/loki": Notes(arguments={}, fit=fitted, slack=0.06, bad=(({"rank": 0.0}, "rank"),)),
     "attention/vertical_slash": Notes(arguments={"last": 8}, slack=0.03, bad=(({"share": 0.0}, "share"), ({"last": 0}, "last"))),

@@ -10,6 +10,7 @@ from ..errors import BadInput
 
 _FOLDER = Path(__file__).parent / "model_files"
 _RECALL = Path(__file__).parent / "recall_files"
+_RECALL_LONG = Path(__file__).parent / "recall_long_files"
 _OTHELLO = Path(__file__).parent / "othello_files"
 
 
@@ -34,9 +35,19 @@ def _shipped(folder: Path, name: str) -> Any:
     return model.eval()
 
 
-def recall_model() -> Any:
-    """The two-layer model of tasks/recall_training.py."""
-    return _shipped(_RECALL, "recall")
+RECALL_LENGTHS = (512, 8192)
+"""Longest sequences of the two recall models."""
+
+
+def recall_model(length: int = RECALL_LENGTHS[0]) -> Any:
+    """The two-layer model that recalls in sequences of `length` tokens: of tasks/recall_training.py up to 512, of tasks/recall_long.py up to 8,192.
+
+    Raises:
+        BadInput: a length that neither answers for, or files that are missing.
+    """
+    if not 0 < length <= RECALL_LENGTHS[1]:
+        raise BadInput(f"length={length} must be in 1..{RECALL_LENGTHS[1]}: recall models for longer sequences are not shipped")
+    return _shipped(_RECALL, "recall") if length <= RECALL_LENGTHS[0] else _shipped(_RECALL_LONG, "recall")
 
 
 def othello_model() -> Any:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 FAMILY_OF_UNIT = {"latent": "latents", "weight": "weights", "neuron": "neurons"}
 FAMILY_OF_UNIT |= dict.fromkeys(("key", "key block", "token", "column", "column or diagonal"), "attention")
 """What methods select -> the family that selects it."""
-KINDS = ("method", "pattern", "cache", "map", "coding", "task")
+KINDS = ("method", "pattern", "layer", "kernel", "cache", "map", "coding", "task")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Entry:
     link: str = ""
     baseline: bool = False
     kind: str = "method"
-    """One of KINDS. A method is a `Sparse` that keeps the contract's laws; the others have tests of their own."""
+    """One of KINDS. A method is a `Sparse` that keeps the contract's laws; the others have tests of their own. A layer is a whole part of a model."""
     note: str = ""
     """For a pattern its expression; else what should be known before choosing it. May be empty."""
 

@@ -25,4 +25,8 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("attention/spt", "attention.trained.spt:SPT", "key", "SPT: Fine-Tuning Transformer-based Language Models Efficiently with Sparsification", 2023, "trained", "softmax attention", "https://arxiv.org/abs/2312.10365"),
     Entry("attention/dsv", "attention.trained.dsv:DSV", "key", "DSV: Exploiting Dynamic Sparsity to Accelerate Large-Scale Video DiT Training", 2025, "trained", "softmax attention", "https://arxiv.org/abs/2502.07590"),
     Entry("attention/flux", "attention.trained.flux:Flux", "key", "Flux Attention: Context-Aware Hybrid Attention for Efficient LLMs Inference", 2026, "trained", "softmax attention", "https://arxiv.org/abs/2604.07394"),
+    Entry("attention/sinkhorn", "attention.trained.sinkhorn:Sinkhorn", "key block", "DialogLM: Pre-trained Model for Long Dialogue Understanding and Summarization", 2021, "trained", "softmax attention", "https://arxiv.org/abs/2109.02492"),
+    Entry("attention/span", "attention.trained.span:Span", "key", "Self-Selected Attention Span for Accelerating Large Language Model Inference", 2024, "trained", "softmax attention", "https://arxiv.org/abs/2404.09336"),
+    Entry("attention/forcing", "attention.trained.forcing:Forcing", "key block", "Sparse Forcing: Native Trainable Sparse Attention for Real-time Autoregressive Diffusion Video Generation", 2026, "none", "softmax attention", "https://arxiv.org/abs/2604.21221"),
+    Entry("attention/gin", "attention.trained.gin:GIN", "key", "Graph-Aware Isomorphic Attention for Adaptive Dynamics in Transformers", 2025, "trained", "softmax attention", "https://arxiv.org/abs/2501.02393"),
 )

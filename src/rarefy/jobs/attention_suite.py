@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..builtin.corpus import Batch
-from ..builtin.model import recall_model
+from ..builtin.model import RECALL_LENGTHS, recall_model
 from ..catalogue import FAMILY_OF_UNIT, Entry, card
 from ..errors import BadInput, RarefyError
 from ..families import config_of
@@ -114,7 +113,7 @@ class AttentionResult:
         """Print the tables."""
         screen = Screen()
         rows = [[*map(str, row)] for row in winners(self.lines)]
-        screen.table("best method by task and length, at the least budget measured", ["task", "phase", "length", "budget", "method", "score"], rows)
+        screen.table("best method by task, length and budget", ["task", "phase", "length", "budget", "method", "score"], rows)
         head = ["method", "phase", "all tasks from", "worst task", "its loss", "mean loss"]
         screen.table("least density that loses under 5 points of each task", head, kept_lines(self.lines))
         for name, why in self.left_out.items():
@@ -129,11 +128,14 @@ class Sittings:
     def __init__(self, request: AttentionRequest, model: Opened, docs: Sequence[Any]) -> None:
         self.request, self.model, self.docs = request, model, docs
         self._held: dict[tuple[str, int], Reference | Averaging] = {}
+        self._recallers: dict[int, Any] = {}
 
-    @cached_property
-    def recaller(self) -> Any:
-        """The recall model."""
-        return recall_model()
+    def recaller(self, length: int) -> Any:
+        """The recall model fit for sequences of `length` tokens."""
+        fit = next((n for n in RECALL_LENGTHS if length <= n), RECALL_LENGTHS[-1])
+        if fit not in self._recallers:
+            self._recallers[fit] = recall_model(fit)
+        return self._recallers[fit]
 
     @property
     def longest(self) -> int:
@@ -154,7 +156,7 @@ class Sittings:
     def sitting(self, task: str, length: int) -> Sitting:
         """A task at a length. Raises BadInput where the model or the text is too short for it."""
         if task in RECALL:
-            return recall_sitting(task, length, self.request.sequences, self.recaller)
+            return recall_sitting(task, length, self.request.sequences, self.recaller(length))
         if length > self.longest:
             raise BadInput(f"length={length} is more than the {self.longest} tokens the model was built for")
         if task == "induction":
@@ -173,25 +175,22 @@ def attention_suite(request: AttentionRequest, *, screen: Screen) -> AttentionRe
     docs = read_documents(request.data, screen)
     model = opened(request.model, screen, causal=True)
     sittings = Sittings(request, model, docs)
-    if longest := [n for n in request.lengths if n > sittings.longest and {"text", "induction"} & set(request.tasks)]:
-        raise BadInput(
-            f"length={longest[0]} is more than the {sittings.longest} tokens that {model.info.name} was built for; leave it or those tasks out"
-        )
+    too_long = _too_long(request, sittings.longest, model.info.name)
     context = min(*request.lengths, sittings.longest)
     text = read_text(docs, model, context=context, fit_tokens=context, judge_tokens=request.tokens)
     made = {"command": COMMAND, "request": request.record(), "model": model.card(), "text": digest(text.judge)}
     with run_folder(request.out, made, MAY_GROW):
         path = request.out / RESULTS
         lines = _read(path)
-        left_out: dict[str, str] = {}
-        todo = [cell for cell in _cells(request, cards) if cell not in lines]
+        left_out = dict(too_long)
+        todo = [cell for cell in _cells(request, cards) if cell not in lines and f"{cell.task} at {cell.length}" not in too_long]
         with screen.stage(f"measure {len(cards)} methods at {len(request.budgets)} budgets") as update:
             for at, cell in enumerate(todo):
                 update(f"{at + 1} of {len(todo)}: {cell.method} {cell.budget:g}, {cell.phase} of {cell.task} at {cell.length}")
                 try:
                     point = _measure(cards[cell.method], cell, sittings, request)
                 except RarefyError as error:                # a model or task that this method cannot serve: said, and the others go on
-                    left_out[f"{cell.method}, {cell.phase} of {cell.task}"] = str(error)
+                    left_out[f"{cell.method}, {cell.phase} of {cell.task} at {cell.length}"] = str(error)
                     continue
                 lines[cell] = point
                 append_line(path, {"phase": cell.phase, "task": cell.task, "length": cell.length, **point.as_json()})
@@ -202,6 +201,14 @@ def attention_suite(request: AttentionRequest, *, screen: Screen) -> AttentionRe
             grids = pictures(cards, request, sittings)
         write_report(request.out, suite_page(lines, verdict, left_out, grids, request, model, text, screen))
         return AttentionResult(lines, verdict, left_out)
+
+
+def _too_long(request: AttentionRequest, longest: int, name: str) -> dict[str, str]:
+    """Tasks of the model under test at lengths that it was not built for, to be left out. BadInput where a task has no other length."""
+    own = [task for task in ("induction", "text") if task in request.tasks]
+    if own and min(request.lengths) > longest:
+        raise BadInput(f"length={min(request.lengths)} is more than the {longest} tokens that {name} was built for; leave it or {own[0]} out")
+    return {f"{task} at {n}": f"{name} was built for {longest} tokens" for task in own for n in request.lengths if n > longest}
 
 
 def _cells(request: AttentionRequest, cards: dict[str, Entry]) -> Iterator[Cell]:

@@ -56,13 +56,14 @@ def _said(density: float | None) -> str:
 
 
 def kept_table(lines: Lines) -> tuple[list[str], list[list[str]]]:
-    """(head, rows): of each method and phase the least density that keeps each task at the longest length."""
-    tasks, longest = _in_order(c.task for c in lines), max(c.length for c in lines)
+    """(head, rows): of each method and phase the least density that keeps each task, at the longest length of that task."""
+    longest = {task: max(c.length for c in lines if c.task == task) for task in _in_order(c.task for c in lines)}
     rows = []
     for method, phase in _in_order((c.method, c.phase) for c in lines):
-        there = {c.task for c in lines if (c.method, c.phase, c.length) == (method, phase, longest)}
-        rows.append([method, phase, *(_said(least_kept(lines, method, phase, t, longest)) if t in there else "–" for t in tasks)])
-    return ["method", "phase", *tasks], rows
+        there = {c.task for c in lines if (c.method, c.phase, c.length) == (method, phase, longest[c.task])}
+        rows.append([method, phase, *(_said(least_kept(lines, method, phase, t, n)) if t in there else "–" for t, n in longest.items())])
+    most = max(longest.values())
+    return ["method", "phase", *(t if n == most else f"{t} at {n}" for t, n in longest.items())], rows
 
 
 def worst(lines: Lines, method: str, phase: str, budget: float, length: int) -> tuple[str, float, float] | None:
@@ -89,17 +90,58 @@ def kept_lines(lines: Lines) -> list[list[str]]:
 
 
 def winners(lines: Lines) -> list[list[str]]:
-    """Rows of [task, phase, length, budget, best method, its score] at the least budget that every budgeted method was measured at."""
+    """Rows of [task, phase, length, budget, best method, its score] at each budget.
+
+    What has no budget (patterns) stands among a budget's methods where it keeps at most a tenth more than that.
+    """
     rows = []
     for task, phase, length in _in_order((c.task, c.phase, c.length) for c in lines):
         here = {c: p for c, p in lines.items() if (c.task, c.phase, c.length) == (task, phase, length)}
-        budget = min(c.budget for c in here)
-        level = {c.method: p.metrics["score"].mean for c, p in here.items() if c.budget == budget}
-        top = max(level.values())
-        best = [m for m, score in level.items() if score >= top - TIE]
-        name = best[0] if len(best) == 1 else f"{len(best)} alike" if len(best) > 3 else " = ".join(m.partition("/")[2] for m in best)
-        rows.append([task, phase, str(length), f"{budget:g}", name, f"{top:.2f}"])
+        for budget in sorted({c.budget for c in here}):
+            level: dict[str, float] = {}
+            for c, p in here.items():
+                if c.budget == budget or (p.density <= 1.1 * budget and c.budget == 1):
+                    level[c.method] = p.metrics["score"].mean
+            top = max(level.values())
+            best = [m for m, score in level.items() if score >= top - TIE]
+            name = best[0] if len(best) == 1 else f"{len(best)} alike" if len(best) > 3 else " = ".join(m.partition("/")[2] for m in best)
+            rows.append([task, phase, str(length), f"{budget:g}", name, f"{top:.2f}"])
     return rows
+
+
+def by_length(lines: Lines) -> tuple[list[str], list[list[str]]]:
+    """(head, rows): of each method, phase and task the least density that keeps it, length by length; those measured at one length are left out."""
+    lengths, rows = sorted({c.length for c in lines}), []
+    for method, phase, task in _in_order((c.method, c.phase, c.task) for c in lines):
+        there = {c.length for c in lines if (c.method, c.phase, c.task) == (method, phase, task)}
+        if len(there) > 1:
+            said = [_said(least_kept(lines, method, phase, task, n)) if n in there else "–" for n in lengths]
+            rows.append([method, phase, task, *said])
+    return ["method", "phase", "task", *(f"{n} tokens" for n in lengths)], rows
+
+
+def with_length(lines: Lines) -> str:
+    """Whether a longer context tolerates more sparsity: how often the least density that keeps a task falls, from the shortest length to the longest.
+
+    Only densities met at both ends count: a task that no budget keeps at either says nothing.
+    """
+    falls, rises, level = [], [], 0
+    for method, phase, task in _in_order((c.method, c.phase, c.task) for c in lines if lines[c].role == "method"):
+        there = sorted({c.length for c in lines if (c.method, c.phase, c.task) == (method, phase, task)})
+        if len(there) < 2:
+            continue
+        short, long = (least_kept(lines, method, phase, task, n) or 1.0 for n in (there[0], there[-1]))
+        if short == long == 1:
+            continue
+        if abs(long - short) <= 0.1 * short:
+            level += 1
+        else:
+            (falls if long < short else rises).append(f"{method} in {phase} of {task}: {short:.2f} at {there[0]} tokens, {long:.2f} at {there[-1]}")
+    if not falls and not rises and not level:
+        return ""
+    said = "From the shortest length to the longest the least density that keeps a task "
+    said += f"falls in {len(falls)} cases, rises in {len(rises)} and stays in {level}"
+    return f"{said} ({'; '.join([*falls[:1], *rises[:1]])})." if falls or rises else f"{said}."
 
 
 def statements(lines: Lines) -> str:
@@ -126,7 +168,7 @@ def statements(lines: Lines) -> str:
     if gaps:
         _, method, phase, budget, (task, most, mean) = max(gaps, key=lambda g: g[0])
         said.append(f"The mean hides most for {method} at budget {budget:g} in {phase}: it loses {mean:.0%} on average and {most:.0%} of {task}.")
-    return " ".join(said)
+    return " ".join(part for part in (*said, with_length(lines)) if part)
 
 
 def panels(lines: Lines) -> list[dict[str, Any]]:
@@ -158,18 +200,26 @@ def tables(lines: Lines) -> list[dict[str, Any]]:
     head, rows = kept_table(lines)
     worst_head = ["method", "phase", "all tasks kept from", "worst task at its least budget", "its loss", "mean loss"]
     note = f"Least density from which on a task stays within {MARGIN:.0%} of dense, by the upper end of its interval; 1.00: only dense does."
-    table = winners(lines)
-    lengths = sorted({int(r[2]) for r in table})
-    by_length = [
-        [task, phase, *(next((f"{r[4]} {r[5]}" for r in table if r[:3] == [task, phase, str(n)]), "–") for n in lengths)]
-        for task, phase in _in_order((r[0], r[1]) for r in table)
-    ]
     return [
         {"title": "How sparse is still good", "note": note, "head": head, "rows": rows},
         {"title": "The worst task, not only the mean", "note": "", "head": worst_head, "rows": kept_lines(lines)},
-        {"title": "Which method wins at which length", "note": f"Score at budget {table[0][3]}; methods within {TIE:.0%} of the best are alike.",
-         "head": ["task", "phase", *(f"{n} tokens" for n in lengths)], "rows": by_length},
+        *_length_tables(lines, note),
     ]
+
+
+def _length_tables(lines: Lines, note: str) -> list[dict[str, Any]]:
+    table = winners(lines)
+    lengths = sorted({int(r[2]) for r in table})
+    rows = [
+        [task, phase, budget, *(next((f"{r[4]} {r[5]}" for r in table if r[:4] == [task, phase, str(n), budget]), "–") for n in lengths)]
+        for task, phase, budget in _in_order((r[0], r[1], r[3]) for r in table)
+    ]
+    made = [{"title": "Which method wins at which length", "note": f"Best score at each budget; methods within {TIE:.0%} of the best are alike.",
+             "head": ["task", "phase", "budget", *(f"{n} tokens" for n in lengths)], "rows": rows}]
+    head, rows = by_length(lines)
+    if rows:
+        made.append({"title": "Does a longer context tolerate more sparsity?", "note": note, "head": head, "rows": rows})
+    return made
 
 
 def suite_page(
@@ -184,8 +234,8 @@ def suite_page(
         for c, p in lines.items() if c.length == max(request.lengths) and c.task in ("mqar", "text") and p.cost
     ]
     notes = [
-        "mqar, needle, needles, variables and turns are sat by the small recall model that ships with rarefy, text and induction by the model named "
-        "above, averaging by attention alone, with queries and keys in closed form.",
+        "mqar, needle, needles, variables and turns are sat by the small recall models that ship with rarefy, one for up to 512 tokens and one for "
+        "up to 8,192, text and induction by the model named above, averaging by attention alone, with queries and keys in closed form.",
         "Prefill: the whole sequence in one pass with the method in every layer. Decode: the context dense, the rest one token at a time with the "
         "method (or the cache's policy) in every layer; at most 64 tokens a sequence.",
         "Score: share of right answers; of text the dense perplexity over the method's; of averaging the share of the answer explained. Intervals "

@@ -9,6 +9,7 @@ Shape letters: B = sequences, T = tokens, A = judged places, V = vocabulary, C =
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -31,6 +32,10 @@ RUNS = 1
 """Timed passes each of the method and of the dense model, in turn, after the pass that was judged; the fastest counts."""
 
 
+PREFIX_BYTES = 256 << 20
+"""Most bytes of dense caches kept with a sitting; batches beyond read their tokens anew for each candidate."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """How a method is put to work."""
@@ -51,9 +56,20 @@ class Candidate:
 DENSE = Candidate()
 
 
+def _read(sitting: Sitting, ids_BT: Tensor, at: int, candidate: Candidate, cache: Any) -> Any:
+    """The cache with the tokens before `start`. A policy reads them itself; for a plain cache they are read once and copied from then on."""
+    plain = candidate.serve is None and candidate.cache is Cache
+    if plain and at in sitting.prefixes:
+        return copy.deepcopy(sitting.prefixes[at])
+    sitting.model(input_ids=ids_BT[:, : sitting.start], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    if plain and sum(c.bytes() for c in (cache, *sitting.prefixes.values())) <= PREFIX_BYTES:
+        sitting.prefixes[at] = copy.deepcopy(cache)
+    return cache
+
+
 @torch.no_grad()
-def _logits(sitting: Sitting, ids_BT: Tensor, phase: str, candidate: Candidate) -> tuple[Tensor, int, float, Any]:
-    """(logits of the tokens from `first` on, `first`, seconds of the part judged, the cache)."""
+def _logits(sitting: Sitting, ids_BT: Tensor, phase: str, candidate: Candidate, at: int) -> tuple[Tensor, int, float, Any]:
+    """(logits of the tokens from `first` on, `first`, seconds of the part judged, the cache) of the batch whose first sequence is `at`."""
     model, start = sitting.model, sitting.start
     if phase == "prefill":
         began = time.perf_counter()
@@ -63,7 +79,7 @@ def _logits(sitting: Sitting, ids_BT: Tensor, phase: str, candidate: Candidate) 
     cache = candidate.cache()
     served = candidate.serve(model, cache) if candidate.serve else contextlib.nullcontext()
     with served:
-        model(input_ids=ids_BT[:, :start], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = _read(sitting, ids_BT, at, candidate, cache)
         for method in candidate.methods:
             if hasattr(method, "measured_density"):
                 method.measured_density()
@@ -85,8 +101,9 @@ def judged(sitting: Sitting, phase: str) -> Tensor:
 def log_probs(sitting: Sitting, phase: str, candidate: Candidate) -> tuple[Tensor, Any]:
     """([A, V] float32 log-probabilities at the judged places, in row order; the last cache)."""
     parts, cache = [], None
-    for ids, mark in zip(sitting.ids_BT.split(sitting.at_once), judged(sitting, phase).split(sitting.at_once), strict=True):
-        logits, first, _, cache = _logits(sitting, ids, phase, candidate)
+    for at in range(0, len(sitting.ids_BT), sitting.at_once):
+        ids, mark = (x[at : at + sitting.at_once] for x in (sitting.ids_BT, judged(sitting, phase)))
+        logits, first, _, cache = _logits(sitting, ids, phase, candidate, at)
         parts.append(logits[:, :-1][mark[:, first + 1 :]].float().log_softmax(-1))
     return torch.cat(parts), cache
 
@@ -176,7 +193,7 @@ def timed_pair(sitting: Sitting, phase: str, candidate: Candidate) -> dict[str, 
         for i, one in enumerate((candidate, DENSE)):
             if ids.is_cuda:
                 torch.cuda.reset_peak_memory_stats()
-            best[i] = min(best[i], _logits(sitting, ids, phase, one)[2] * 1e3 / len(ids))
+            best[i] = min(best[i], _logits(sitting, ids, phase, one, 0)[2] * 1e3 / len(ids))
             if ids.is_cuda:
                 peak[("peak_bytes", "dense_peak_bytes")[i]] = float(torch.cuda.max_memory_allocated())
     return {"ms": best[0], "dense_ms": best[1], **peak}

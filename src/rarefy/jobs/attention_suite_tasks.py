@@ -15,17 +15,20 @@ import torch
 from torch import Tensor
 
 from ..builtin.corpus import Batch
+from ..builtin.model import RECALL_LENGTHS
 from ..errors import BadInput
 from ..tasks.averaging import Averaging, averaging
 from ..tasks.distance import EDGES, reach
 from ..tasks.needles import needles
-from ..tasks.recall import FILLER, KEYS, VALUES, Recall, distances, mqar, needle, repeated
+from ..tasks.recall import FILLER, KEYS, VALUES, Recall, asked_again, distances, mqar, needle, repeated
 from ..tasks.turns import turns
 from ..tasks.variables import variables
 
 SEED = 20_011
 DECODED = 64
 """Most tokens of a sequence that are decoded one at a time."""
+AT_ONCE = 4096
+"""Tokens of a batch, about; at least one sequence, at most eight."""
 TASKS = ("mqar", "needle", "needles", "variables", "turns", "averaging", "induction", "text")
 RECALL = TASKS[:5]
 """Sat by the recall model."""
@@ -58,6 +61,8 @@ class Sitting:
     by: dict[str, Tensor] = field(default_factory=dict)
     """Name of a group -> [B, T] bool, for scores by gap, turn or distance."""
     at_once: int = 8
+    prefixes: dict[int, Any] = field(default_factory=dict)
+    """First sequence of a batch -> cache of the tokens before `start`, read densely: the same for all that decode from there."""
 
     @property
     def is_text(self) -> bool:
@@ -69,7 +74,7 @@ def _of(task: str, model: Any, made: Recall, by: dict[str, Tensor], start: int |
     B, T = made.input_ids.shape
     first = int(made.answer.nonzero()[:, 1].min()) - 1 if start is None else start
     doc = torch.arange(B)[:, None].expand(B, T)
-    return Sitting(task, T, model, made.input_ids, made.answer, doc, max(first, T - DECODED, 1), by)
+    return Sitting(task, T, model, made.input_ids, made.answer, doc, max(first, T - DECODED, 1), by, min(8, max(1, AT_ONCE // T)))
 
 
 def _gaps(made: Recall, edges: Sequence[int]) -> dict[str, Tensor]:
@@ -79,12 +84,20 @@ def _gaps(made: Recall, edges: Sequence[int]) -> dict[str, Tensor]:
     return {n: made.answer & (away >= low) & (away < high) for n, low, high in zip(names, edges, ends, strict=True)}
 
 
+def _mqar(length: int, sequences: int, model: Any) -> Sitting:
+    """Most questions of the power law stand near the table, and of a long sequence's none in the part that is decoded: eight are put again there."""
+    again = 8 if length > RECALL_LENGTHS[0] else 0
+    made = mqar(KEYS, VALUES, FILLER, length - 2 * again, min(48, length // 8), sequences, power=0.2, seed=SEED)
+    made = asked_again(made, again, seed=SEED) if again else made
+    edges = (1, 64, 128, 256, 512, 1024, 2048, 4096)
+    return _of("mqar", model, made, _gaps(made, edges), start=1)
+
+
 def recall_sitting(task: str, length: int, sequences: int, model: Any) -> Sitting:
     """A recall task for the recall model. BadInput for a length that does not hold it."""
     room = KEYS, VALUES, FILLER, length
     if task == "mqar":
-        made = mqar(*room, min(48, length // 8), sequences, power=0.2, seed=SEED)
-        return _of(task, model, made, _gaps(made, (1, 64, 128, 256, 512)), start=1)
+        return _mqar(length, sequences, model)
     if task == "needle":
         made = needle(*room, sequences, seed=SEED)
         return _of(task, model, made, _gaps(made, (1, length // 2)))
@@ -134,6 +147,8 @@ def check_tasks(tasks: Sequence[str], lengths: Sequence[int]) -> None:
     for length in lengths:
         if length < 96:
             raise BadInput(f"length={length} is below 96 tokens, which the tasks need to hold their pairs")
+        if length > RECALL_LENGTHS[-1] and (own := [task for task in tasks if task in RECALL]):
+            raise BadInput(f"length={length} is more than the {RECALL_LENGTHS[-1]} tokens of the recall models; leave it or {own[0]} out")
 
 
 Maker = Callable[[str, int], Sitting]

@@ -113,6 +113,23 @@ def mqar(
     return Recall(ids, answer, int((at_BP - 2 * torch.arange(pairs)).min()))
 
 
+def asked_again(task: Recall, count: int, *, seed: int = 0) -> Recall:
+    """A task with `count` of each sequence's questions put once more behind its end, in any order, each with its answer.
+
+    Raises:
+        BadInput: more than the questions of a sequence.
+    """
+    positive("count", count, int(task.answer.sum(-1).min()))
+    generator = torch.Generator().manual_seed(seed)
+    lottery_BT = torch.rand(task.answer.shape, generator=generator).masked_fill(~task.answer, -1)
+    at_BK = lottery_BT.topk(count, 1).indices
+    more = torch.stack([task.input_ids.gather(1, at_BK - 1), task.input_ids.gather(1, at_BK)], 2).flatten(1)
+    mark = torch.zeros_like(more, dtype=torch.bool)
+    mark[:, 1::2] = True
+    made = Recall(torch.cat([task.input_ids, more], 1), torch.cat([task.answer, mark], 1), 0)
+    return Recall(made.input_ids, made.answer, int(distances(made)[made.answer].min()))
+
+
 def needle(
     keys: Sequence[int], values: Sequence[int], filler: Sequence[int], length: int, batch: int, *, depth: float | None = None, seed: int = 0
 ) -> Recall:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,8 +34,12 @@ def _lesson(progress: float, step: int, seed: int) -> Recall:
         return variables(KEYS, VALUES, FILLER, 16 * hops, TOKENS // (16 * hops), chains=2, hops=hops, seed=seed)
     longest = 256 if progress < 0.45 else CONTEXT
     length = int(torch.randint(128, longest + 1, (1,), generator=torch.Generator().manual_seed(seed)))
-    batch = max(2, TOKENS // length)
-    which = step % 5                                        # variable tracking, the slowest to learn, twice
+    return any_task(step, length, max(2, TOKENS // length), seed)
+
+
+def any_task(step: int, length: int, batch: int, seed: int) -> Recall:
+    """One of the tasks, by turns; variable tracking, the slowest to learn, twice in five."""
+    which = step % 5
     if which == 0:
         return mqar(KEYS, VALUES, FILLER, length, min(64, length // 8), batch, power=(0.01, 1.0)[step // 5 % 2], seed=seed)
     if which in (1, 4):
@@ -42,6 +47,17 @@ def _lesson(progress: float, step: int, seed: int) -> Recall:
     if which == 2:
         return needles(KEYS, VALUES, FILLER, length, 16, batch, asked=8, seed=seed)
     return key_value(KEYS, VALUES, 32, batch, filler=FILLER, gap=length - 128, seed=seed)
+
+
+def learn(model: Any, optimiser: torch.optim.Optimizer, task: Recall) -> float:
+    """One step on a task; its loss before, in nats an answer."""
+    state = model.model(input_ids=task.input_ids, use_cache=False).last_hidden_state
+    loss = cross_entropy(model.lm_head(state[:, :-1][task.answer[:, 1:]]), task.input_ids[task.answer])
+    optimiser.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimiser.step()
+    return loss.item()
 
 
 def train_recall_model(seed: int = 0, steps: int = 3600, on_step: Callable[[int, float], None] | None = None) -> nn.Module:
@@ -70,13 +86,7 @@ def train_recall_model(seed: int = 0, steps: int = 3600, on_step: Callable[[int,
             progress = step / steps
             decay = 1.0 if progress < 0.5 else 0.05 + 0.95 * (0.5 + 0.5 * math.cos(math.pi * (2 * progress - 1)))
             optimiser.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 50) * decay
-            task = _lesson(progress, step, seed)
-            state = model.model(input_ids=task.input_ids, use_cache=False).last_hidden_state
-            loss = cross_entropy(model.lm_head(state[:, :-1][task.answer[:, 1:]]), task.input_ids[task.answer])
-            optimiser.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
+            loss = learn(model, optimiser, _lesson(progress, step, seed))
             if on_step is not None:
-                on_step(step, loss.item())
+                on_step(step, loss)
     return model.eval()

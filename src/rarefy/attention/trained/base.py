@@ -68,9 +68,12 @@ def dense_map(q_BHTD: Tensor, k_BGSD: Tensor, scale: float, causal: bool) -> Ten
 
 def listed(mask_BHTS: Tensor) -> Tensor:
     """[B, H, T, K] key numbers of a mask, -1 where a query has fewer than the most; what `token_attention` reads."""
-    most = max(1, int(mask_BHTS.sum(-1).max())) if mask_BHTS.numel() else 1
-    there, at = mask_BHTS.to(torch.uint8).topk(min(most, mask_BHTS.shape[-1]), -1)
-    return torch.where(there.bool(), at, -1)
+    mask_XS = mask_BHTS.flatten(0, 2)
+    count_X = mask_XS.sum(1)
+    row_P, key_P = mask_XS.nonzero(as_tuple=True)
+    out_XK = torch.full((len(mask_XS), max(1, int(count_X.max())) if mask_BHTS.numel() else 1), -1, device=mask_BHTS.device)
+    out_XK[row_P, torch.arange(len(row_P), device=row_P.device) - (count_X.cumsum(0) - count_X)[row_P]] = key_P
+    return out_XK.unflatten(0, mask_BHTS.shape[:3])
 
 
 def top_share(score_BHTS: Tensor, seen_TS: Tensor, budget: float) -> Tensor:

@@ -3,8 +3,9 @@
     Q_r, K_r = mean over the tokens of each of S x S regions;  A = Q_r K_r^T;  I = top k of each row                             (eq. 3-4)
     O = softmax(Q K_g^T s) V_g + LCE(V),  K_g, V_g = tokens of the regions I, gathered side by side                              (eq. 5-6)
 
-LCE is a depthwise convolution over the map. The tokens of a map attend to each other whatever their order: causal models are refused, and
-`forward` here is not causal. Maps whose sides the regions do not divide have smaller last regions.
+Q_r and K_r have the layer's full width, so its heads share their routes. LCE is a depthwise convolution over the map. The tokens of a map attend
+to each other whatever their order: causal models are refused, and `forward` here is not causal. Maps whose sides the regions do not divide have
+smaller last regions. The authors' code scales logits by the layer's width; here the scale is the caller's, 1 / sqrt(D) in `forward`.
 
 Shape letters as in base.py; R = regions, M = tokens of the largest, K = regions attended to, C = all values of a token.
 """
@@ -74,13 +75,14 @@ class BiFormer(PairAttention):
 
     @torch.no_grad()
     def routes(self, q: Tensor, k: Tensor) -> Tensor:
-        """[B, H, R, R] bool: regions that a region attends to."""
+        """[B, H, R, R] bool: regions that a region attends to, the same in every head."""
         member_RM = self.members(k.shape[2], q.device)
         there = (member_RM >= 0)[..., None]
         mean_q, mean_k = ((x[:, :, member_RM.clamp_min(0)] * there).sum(3) / there.sum(1) for x in (q, k))
         R = len(member_RM)
         keep = min(R, self.top) if self.top else max(1, round(self._budget * R))
-        return highest(mean_q @ mean_k.repeat_interleave(self.heads // self.key_heads, 1).mT, torch.tensor([[keep]], device=q.device))
+        match = (mean_q @ mean_k.repeat_interleave(self.heads // self.key_heads, 1).mT).sum(1, keepdim=True)      # the product at full width
+        return highest(match, torch.tensor([[keep]], device=q.device)).expand(-1, self.heads, -1, -1)
 
     def choice(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, causal: bool) -> Tensor:
         """[B, H, R, R] bool. Unsupported in a causal model, BadInput for other queries than the map's own tokens."""

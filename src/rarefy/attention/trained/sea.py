@@ -1,11 +1,12 @@
 """SEA (Lee et al. 2024, arXiv 2310.01777): linear attention sees roughly, a small decoder draws from it where exact attention looks.
 
     c_t = random-feature attention of query t (Performer); logits over C cells = conv(MLP[q_t; c_t])                         (sec. 3.1)
-    cell of key s, seen by a query with n keys: floor((s + 1/2) C / n); the keys with the highest cells, `budget` n of them, are attended exactly
+    cell of key s, seen by a query with n keys: ceil((s + 1/2) C / n) - 1; the keys with the highest cells, `budget` n of them, are attended exactly
     loss = KL(dense map summed by cell || softmax(logits)) + mean squared distance of the two                                 (sec. 3.4)
 The C cells stretch over whatever a query sees, so the decoder's work a query does not grow with the context, and neither does Performer's.
 Departures: the output is the exact sparse attention alone, without the paper's learned mixture with c_t and its mean; the convolution runs along
-cells only, not across queries, so that nothing later is looked at; cells tie for the last keys in favour of earlier ones.
+cells only, not across queries, so that nothing later is looked at; cells tie for the last keys in favour of earlier ones; each head has a budget of
+its own (in the authors' code a query's heads share one), and maps are compared by cell (there key by key, KL at a tenth).
 
 Shape letters: B = batch, H = query heads, G = key heads, T = queries, S = keys, D = head width, M = random features, C = cells, F = channels.
 """
@@ -78,7 +79,7 @@ class SEA(PairAttention):
         """[T, S] number of each key's cell; C at keys not seen."""
         at_S, seen_T = torch.arange(S, device=device), torch.arange(S - T + 1, S + 1, device=device)[:, None]
         seen_T = seen_T if causal else torch.full_like(seen_T, S)
-        return torch.where(at_S < seen_T, ((2 * at_S + 1) * self.cells) // (2 * seen_T), self.cells)
+        return torch.where(at_S < seen_T, ((2 * at_S + 1) * self.cells - 1) // (2 * seen_T), self.cells)
 
     def estimate(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
         """[B, H, T, C] logits of the estimated map."""

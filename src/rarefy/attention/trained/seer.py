@@ -4,7 +4,8 @@
     loss = KL(truth || gate),  truth = the dense map max-pooled in each (query block, key block), each row divided by its sum
 
 R rotates by the number of the block, as RoPE does by position. Departures: queries and keys are pooled after the model's own rotation,
-since that is what a cache holds (the paper's gate reads them before it); each query head has a W_q and each key head a W_k.
+since that is what a cache holds (the paper's gate reads them before it, and its code rotates by the place of a block's first token and leaves the
+first quarter of the rows out of the loss); each query head has a W_q and each key head a W_k.
 
 Shape letters as in ../block.py; C = gate width, R = queries in a block, M = keys in a block.
 """

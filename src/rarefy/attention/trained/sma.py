@@ -4,7 +4,8 @@
     fired tokens, moved together into a shorter sequence, attend to the nearest `window` fired tokens there; results go back to their
     places times the confidence, the probability of firing, which carries the gradient; others get 0                        (eq. 4-6)
 Departures: a layer of a Hugging Face model has no state-space path beside its attention, so a token that does not fire keeps what the residual
-stream holds; the configurator reads the token's values of all key heads, which is what a cache holds of it, in place of a state.
+stream holds; the configurator reads the token's values of all key heads, which is what a cache holds of it, in place of a state; `window` counts
+the token itself.
 
 Shape letters: B = batch, H = query heads, G = key heads, T = queries, S = keys, D = head width, F, U = fired queries and keys of a row.
 """
@@ -42,7 +43,7 @@ class SMA(PairAttention):
             raise BadInput(f"lean={lean!r} must be a finite number: the bias towards firing")
         self.logit_E2 = drawn(draw, key_heads * d_head, 2, std=(key_heads * d_head) ** -0.5)
         self.bias_2 = nn.Parameter(torch.tensor([0.0, float(lean)]))
-        self.log_temperature = nn.Parameter(torch.zeros(()))
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(0.3 * math.sqrt(key_heads * d_head))))
 
     def configure(self, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
         """Which tokens fire, [B, S] bool, and with what probability."""
