@@ -87,7 +87,7 @@ class HDT(nn.Module):
             torch.manual_seed(seed)
             self.anchor_3W = nn.Parameter(0.02 * torch.randn(3, width))
             self.turn = nn.Linear(3 * width, width, bias=False)
-            nn.init.normal_(self.turn.weight, std=0.02 * (1.5 * width) ** -0.5)       # places begin at the size of 0.02 that embeddings have
+            nn.init.normal_(self.turn.weight, std=0.02)
             self.layers = nn.ModuleList([Layer(width, heads, wide) for _ in range(layers)])
 
     def embed(self, x_BLW: Tensor, trees: Tree) -> Tensor:
@@ -95,7 +95,9 @@ class HDT(nn.Module):
         level = trees.level.to(x_BLW.device)
         anchor = self.anchor_3W[level.clamp_max(SENTENCE)]
         x = torch.where((level < TOKEN)[..., None], anchor, x_BLW)
-        return x + self.turn(torch.cat([waves(p.to(x.device), x.shape[-1]) for p in ranks(trees)], -1).to(x.dtype))
+        place = torch.cat([waves(p.to(x.device), x.shape[-1]) for p in ranks(trees)], -1).to(x.dtype)
+        # Of norm 1: a step of Adam moves every weight alike, and through waves of size 1 it would move places past all that tokens say.
+        return x + self.turn(place * (1.5 * x.shape[-1]) ** -0.5)
 
     def forward(self, x_BLW: Tensor, trees: Tree, walk: Walk | None = None) -> Tensor:
         """[B, L, W].
