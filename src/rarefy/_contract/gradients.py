@@ -33,19 +33,19 @@ def _agree(analytic: float, numeric: float, what: str) -> None:
 def of_forward(case: Case) -> None:
     """M3: forward's gradient in its inputs and in every parameter, through a random projection of the output."""
     method = case.ready(dtype=torch.float64)
-    leaves = [x.requires_grad_() for x in case.inputs(5, seed=9, dtype=torch.float64)]
-    out = method(*leaves)
+    inputs = case.inputs(5, seed=9, dtype=torch.float64)
+    leaves = {f"input {i}": x.requires_grad_() for i, x in enumerate(inputs) if x.is_floating_point()}
+    out = method(*inputs)
     if not out.requires_grad:
         raise NotApplicable("forward has no gradient")
     generator = torch.Generator().manual_seed(0)
     lot = torch.randn(out.shape, generator=generator, dtype=torch.float64)
-    names = [f"input {i}" for i in range(len(leaves))] + [n for n, _ in method.named_parameters()]
-    at = leaves + list(method.parameters())
-    grads = torch.autograd.grad((out * lot).sum(), at, allow_unused=True)
-    for name, leaf, grad in zip(names, at, grads, strict=True):
+    at = leaves | dict(method.named_parameters())
+    grads = torch.autograd.grad((out * lot).sum(), list(at.values()), allow_unused=True)
+    for (name, leaf), grad in zip(at.items(), grads, strict=True):
         for _ in range(3):
             along = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
-            numeric = _directional(lambda: (method(*leaves) * lot).sum(), leaf, along)
+            numeric = _directional(lambda: (method(*inputs) * lot).sum(), leaf, along)
             _agree(0.0 if grad is None else float((grad * along).sum()), numeric, f"forward in {name}")
 
 

@@ -88,8 +88,8 @@ class Case:
         return self.spec.budgets[len(self.spec.budgets) // 2] if self.spec.budgets else 1.0
 
     def inputs(self, batch: int = 32, seed: int = 0, dtype: torch.dtype = torch.float32) -> Inputs:
-        """Fresh inputs."""
-        return tuple(x.to(dtype) for x in self.spec.inputs(batch, seed))
+        """Fresh inputs; those that are not of whole numbers, in `dtype`."""
+        return tuple(x.to(dtype) if x.is_floating_point() else x for x in self.spec.inputs(batch, seed))
 
     def fresh(self, budget: float | None = None) -> Sparse:
         """Not fitted, in eval mode."""
