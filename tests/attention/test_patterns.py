@@ -379,6 +379,11 @@ def test_what_a_pattern_needs_it_asks_for() -> None:
         parse("neighbours(3)").allowed(torch.tensor(1), torch.tensor(2))
     with pytest.raises(BadInput, match="T=5"):
         window(3).block_mask(5, 4, block=4, query_block=4)
+    with pytest.raises(BadInput, match="T=5"):
+        window(3).mask(5, 4)
+    for shape in ((5,), (2, 9)):
+        with pytest.raises(BadInput, match=r"'row'.*\[9 or more\] here, for one sequence"):
+            parse('same("row")').mask(9, 9, tables={"row": torch.zeros(shape)})
 
 
 def test_visible_pairs() -> None:

@@ -72,12 +72,10 @@ def compiled(
     made = []
     for b in range(next(iter(batch.values()), 1)):
         mine = {name: table[b] if name in batch else table for name, table in given.items()}
-        for need in needs & {n for n in needs if n.name in mine}:
-            shape = list(mine[need.name].shape)
-            if len(shape) != need.ndim or need.by_position and shape[0] < S:
-                want = f"[{S} or more]" if need.by_position else f"{need.ndim} dims"
+        for need in needs:
+            if need.name in mine and not need.fits(mine[need.name], S):
                 has = list(given[need.name].shape)
-                raise BadInput(f"{need.name!r} of {pattern} must have {want}, or one dim more for a batch; it has shape {has}")
+                raise BadInput(f"{need.name!r} of {pattern} must have {need.wanted(S)}, or one dim more for a batch; it has shape {has}")
         made.append(_merged(one_H, frame, Scene(S, mine)))
     return made[0] if len(made) == 1 else _stacked(made, frame)
 

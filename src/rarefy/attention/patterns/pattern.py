@@ -33,6 +33,14 @@ class Need(NamedTuple):
     by_position: bool
     """Whether it has an entry for each position."""
 
+    def fits(self, table: Tensor, S: int) -> bool:
+        """Whether a table can be read for one sequence of S positions."""
+        return table.ndim == self.ndim and not (self.by_position and len(table) < S)
+
+    def wanted(self, S: int) -> str:
+        """The shape that fits, in words."""
+        return f"[{S} or more]" if self.by_position else f"{self.ndim} dims"
+
 
 class Pattern:
     """A named predicate on pairs. Made by the words of words.py, by `parse`, or here from any predicate on positions.
@@ -122,9 +130,20 @@ class Pattern:
     def mask(
         self, T: int, S: int, *, causal: bool = True, head: int = 0, heads: int = 1, layer: int = 0, tables: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """[T, S] bool for queries at the last T of S positions: the definition, pair by pair, of one head."""
+        """[T, S] bool for queries at the last T of S positions: the definition, pair by pair, of one head and one sequence.
+
+        Raises:
+            BadInput: metadata that is missing, too short or of a batch; more queries than keys.
+        """
+        if not 0 <= T <= S:
+            raise BadInput(f"T={T} queries at the end of S={S} keys: T must be in 0..S")
+        one, given = self.at(head, heads, layer), tables or {}
+        for need in one.reads():
+            if need.name in given and not need.fits(given[need.name], S):
+                has = list(given[need.name].shape)
+                raise BadInput(f"{need.name!r} of {self} must have {need.wanted(S)} here, for one sequence; it has shape {has}")
         q, k = torch.arange(S - T, S)[:, None], torch.arange(S)
-        out = self.at(head, heads, layer).holds(q, k, Scene(S, tables or {})).expand(T, S)
+        out = one.holds(q, k, Scene(S, given)).expand(T, S)
         return out & (k <= q) if causal else out
 
     def block_mask(
