@@ -1,7 +1,10 @@
 """Attention over chosen blocks against torch's dense attention on this machine's CPU, one thread, all in one run.
 
-    python benchmarks/bench_attention.py [--prefill 8192,16384] [--train 4096,8192] [--decode 8192,32768] [--lines 8192,16384] [--tokens 4096]
-        [--heads 8] [--kv-heads 8] [--width 64] [--runs 5] [--dtypes float32,bfloat16] [--out FILE.json]
+    python benchmarks/bench_attention.py [--full] [--prefill 8192] [--train 4096] [--decode 8192] [--lines 8192] [--tokens 4096]
+        [--heads 8] [--kv-heads 8] [--width 64] [--runs 2] [--dtypes float32] [--out FILE.json]
+
+These are the sizes without --full, under a minute; with it 16k, 8k and 32k beside them, bfloat16, and 5 runs. bench_attention_steps.py has
+steps of whole methods and of patterns.
 
 Calls alternate, so that a busy machine slows all of them; figures are medians of the thread's CPU time, ratios are dense / call. "ideal" is
 dense time times density: 100 % means that nothing is lost against the dense kernel of torch, more that ours is the faster one.
@@ -33,6 +36,8 @@ from rarefy.attention.block import BlockAttention, highest
 from rarefy.attention.dynamic.by_lines import ByLines, visible
 from rarefy.attention.dynamic.double_sparsity import DoubleSparsity
 from rarefy.attention.dynamic.loki import Loki
+from rarefy.attention.dynamic.lsh import LSH
+from rarefy.attention.dynamic.magicpig import MagicPIG
 from rarefy.attention.dynamic.minference import MInference
 from rarefy.attention.dynamic.sample import SampleAttention
 from rarefy.attention.dynamic.twilight import Twilight
@@ -42,6 +47,8 @@ from rarefy.kernels.block_attention import block_attention, page_meta, page_scor
 from rarefy.kernels.block_attention.lines import line_pairs
 
 BLOCK, PAGE = 64, 16
+FULL = {"prefill": [8192, 16384], "train": [4096, 8192], "decode": [8192, 32768], "lines": [8192, 16384], "tokens": [4096, 8192, 16384]}
+"""Keys of each kind of call; the first without --full."""
 Calls = dict[str, tuple[Callable[[], object], float]]
 """name -> (call, density of its causal blocks; 0 where "ideal" says nothing)"""
 
@@ -177,25 +184,31 @@ def dialled(method: SampleAttention | ZipVL, q: Tensor, k: Tensor, density: floa
     return method
 
 
+def by_blocks(args: argparse.Namespace, side: int) -> MInference:
+    """MInference whose heads have its patterns in turn, as if calibrated."""
+    method = MInference(0.1, side=side)
+    method.pattern_H, method.heads_3 = torch.arange(args.heads) % 3, torch.tensor([args.heads, args.kv_heads, args.width])
+    return method
+
+
 def lines(args: argparse.Namespace, dtype: torch.dtype, S: int) -> Calls:
     """Methods that choose columns and diagonals, choosing within the call. Random keys scatter the diagonals of vertical-slash, its worst
     case; "near" are the same queries and keys with a slow walk added, whose heavy diagonals lie together."""
     q, k, v = tensors(args, dtype, S, S)
     walk = torch.randn(1, 1, S, args.width, generator=torch.Generator().manual_seed(1)).cumsum(2) * (8 / S) ** 0.5
     near_q, near_k = q + walk.to(dtype), k + walk.to(dtype)
-    minference = MInference(0.1)
-    minference.pattern_H, minference.heads_3 = torch.arange(args.heads) % 3, torch.tensor([args.heads, args.kv_heads, args.width])
+    minference = by_blocks(args, 16)
     given = {
         "vertical-slash": (VerticalSlash(0.1), q, k), "vertical-slash, near": (VerticalSlash(0.1), near_q, near_k),
         "sample": (dialled(SampleAttention(dial=0.5), q, k, 0.1), q, k), "zipvl": (dialled(ZipVL(dial=0.5), q, k, 0.1), q, k),
-        "minference": (minference, q, k),
+        "minference": (minference, q, k), "minference, blocks of 64": (by_blocks(args, 64), q, k),
     }
     calls: Calls = {"dense": (lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), 0.0)}
     for name, (method, query, key) in given.items():
         method(query, key, v)
         density = method.measured_density()
         calls[f"{name}, {density:.3f}"] = (lambda m=method, x=query, y=key: m(x, y, v)), density
-        if isinstance(method, ByLines) and name != "minference":
+        if isinstance(method, ByLines) and not name.startswith("minference"):
             calls[f"{name}, choosing alone"] = (lambda m=method, x=query, y=key: m.lines_of(x, y)), 0.0
     return calls
 
@@ -203,7 +216,10 @@ def lines(args: argparse.Namespace, dtype: torch.dtype, S: int) -> Calls:
 def tokens(args: argparse.Namespace, dtype: torch.dtype, S: int) -> Calls:
     """Methods that choose keys query by query, choosing within the call."""
     q, k, v = tensors(args, dtype, S, S)
-    given = {"loki": Loki(0.1), "double sparsity": DoubleSparsity(0.1), "twilight": Twilight(0.1, dial=0.3)}
+    given: dict[str, BlockAttention] = {
+        "loki": Loki(0.1), "double sparsity": DoubleSparsity(0.1), "loki, a half": Loki(0.05), "lsh": LSH(dial=14),
+        **({} if S > 8192 else {"magicpig": MagicPIG(), "twilight": Twilight(0.1, dial=0.3)}),
+    }
     calls: Calls = {"dense": (lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), 0.0)}
     for name, method in given.items():
         if isinstance(method, Loki | DoubleSparsity):
@@ -226,15 +242,18 @@ def rows(kind: str, dtype: str, S: int, calls: Calls, runs: int) -> Iterator[dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    sizes = {"type": lambda text: [int(x) for x in text.split(",") if x]}
-    for name, value in (("prefill", [8192, 16384]), ("train", [4096, 8192]), ("decode", [8192, 32768]), ("lines", [8192, 16384]),
-                        ("tokens", [4096])):
-        parser.add_argument(f"--{name}", default=value, **sizes)
-    for name, value in (("heads", 8), ("kv-heads", 8), ("width", 64), ("runs", 5), ("threads", 1)):
+    parser.add_argument("--full", action="store_true", help="longer sequences, bfloat16, more runs")
+    for name in FULL:
+        parser.add_argument(f"--{name}", type=lambda text: [int(x) for x in text.split(",") if x])
+    for name, value in (("heads", 8), ("kv-heads", 8), ("width", 64), ("runs", 0), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--dtypes", default=["float32", "bfloat16"], type=lambda text: text.split(","))
+    parser.add_argument("--dtypes", type=lambda text: text.split(","))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    args.runs, args.dtypes = args.runs or (5 if args.full else 2), args.dtypes or (["float32", "bfloat16"] if args.full else ["float32"])
+    for name, lengths in FULL.items():
+        if getattr(args, name) is None:
+            setattr(args, name, lengths if args.full else lengths[:1])
     torch.set_num_threads(args.threads)
     results = []
     phases = ((prefill, args.prefill, args.runs), (train, args.train, args.runs), (decode, args.decode, 5 * args.runs),

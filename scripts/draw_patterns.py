@@ -37,6 +37,7 @@ different ones; `blocks(64, p)`, `parts(4, p)`, `on(axis, shape, p)` and `by("la
 metadata. Metadata comes in tensors: `with method.bind(row=row, column=column): ...`. `str(pattern)` is an expression that `parse` reads back.
 
 `rarefy draw 'window(16) | sinks(2)'` draws one in the terminal, `--out FILE.svg` as a picture; `rarefy draw patterns/bigbird` takes one from below.
+`rarefy sweep 'window(64) | sinks(4),attention/quest' builtin --suite attention` judges one [beside methods](attention-suite.md).
 
 | word | keys that a query sees |
 |---|---|

@@ -4,8 +4,10 @@
 
 Same initial weights, same lessons in the same order, loss on answers only: 4 pairs back to back (16 tokens) until their loss is below 0.1 nats,
 then 256, 128 and 64 tokens in turn, an eighth as many pairs, asked back at even gaps, until 99 % of held-out answers in 256 tokens are right.
-Each part has its limit of steps. A line of JSON a method, kept in --out; methods that have theirs are not run again. With dense and differential
-attention also the share of the last layer's attention, from questions, that lies on the answer's place.
+Each part has its limit of steps. A line of JSON a method, kept in --out; methods that have theirs are not run again. The model is drawn as
+transformers draws it, embeddings with a deviation of 0.02; --embeddings gives them another (DIFF's authors draw their decoders' with
+hidden^-0.5, here 0.125). --tries N runs the short lessons alone, from N seeds: how long each method takes to find the lookup. With dense and
+differential attention also the share of the last layer's attention, from questions, that lies on the answer's place.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from rarefy.tasks.recall import FILLER, KEYS, VALUES, Recall, accuracy_by_gap, d
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("", {}),
     "nsa": ("nsa", {"block": 8, "compress": 16, "stride": 8, "window": 8, "local": 1, "top": 4}),
+    "nsa, means": ("nsa", {"block": 8, "compress": 16, "stride": 8, "window": 8, "local": 1, "top": 4, "phi": "mean"}),
     "moba": ("moba", {"block": 8, "top": 4, "order": "queries"}),
     "moba, last layer dense": ("moba", {"block": 8, "top": 4, "order": "queries"}),
     "window": ("pattern", {"pattern": "window(34)"}),
@@ -56,6 +59,14 @@ def lesson(step: int, long: int, args: argparse.Namespace) -> Recall:
     return mqar(KEYS, VALUES, FILLER, length, length // 8, 2048 // length, power=1.0, seed=seed)
 
 
+def drawn(args: argparse.Namespace) -> LlamaForCausalLM:
+    torch.manual_seed(args.seed)
+    model = LlamaForCausalLM(recall_model().config)
+    if args.embeddings:
+        nn.init.normal_(model.model.embed_tokens.weight, std=args.embeddings)
+    return model
+
+
 def plan_of(name: str, model: nn.Module) -> dict[str, Any]:
     method, given = METHODS[name]
     if not method:
@@ -79,15 +90,14 @@ def judging(plan: dict[str, Any]) -> Iterator[None]:
 
 def trained(name: str, args: argparse.Namespace, judge: Recall) -> dict[str, Any]:
     """Train to 99 % or to the limits; the record of the run."""
-    torch.manual_seed(args.seed)
-    model = LlamaForCausalLM(recall_model().config)
+    model = drawn(args)
     plan = plan_of(name, model)
     parameters = [*model.parameters(), *nn.ModuleList(plan.values()).parameters()]
     optimiser = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
     short, step, losses, curve, spent = None, 0, [], {}, 0.0
     with rarefy.replaced(model, plan) if plan else contextlib.nullcontext():
         while short is None or step - short < args.long and max(curve.values(), default=0.0) < 0.99:
-            optimiser.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 50)
+            optimiser.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 50)
             task, began = lesson(step, -1 if short is None else step - short, args), time.perf_counter()
             state = model.model(input_ids=task.input_ids, use_cache=False).last_hidden_state
             loss = cross_entropy(model.lm_head(state[:, :-1][task.answer[:, 1:]]), task.input_ids[task.answer])
@@ -106,11 +116,14 @@ def trained(name: str, args: argparse.Namespace, judge: Recall) -> dict[str, Any
                 with judging(plan):
                     curve[step - short] = round(recall_accuracy(model, judge).mean, 4)
                 print(f"  {name} {step - short}: {curve[step - short]:.3f} ({spent / step:.2f} s a step)", flush=True)
+        if not args.long:
+            return {"method": name, "seed": args.seed, "lr": args.lr, "embeddings": args.embeddings, "short": short, "short_loss": round(reached, 3)}
         with judging(plan):
             gaps = accuracy_by_gap(hits(model, judge), judge, (2, 32, 64, 128, 256))
             density = {layer: round(method.measured_density(), 3) for layer, method in plan.items()}
     return {
-        "method": name, "context": args.context, "seed": args.seed, "short": short, "short_loss": round(reached, 3), "curve": curve,
+        "method": name, "context": args.context, "seed": args.seed, "lr": args.lr, "embeddings": args.embeddings,
+        "short": short, "short_loss": round(reached, 3), "curve": curve,
         "to_90": first(curve, 0.9),
         "to_99": first(curve, 0.99), "by_gap": {k: [round(g.mean, 3), round(g.low, 3), round(g.high, 3)] for k, g in gaps.items()},
         "density": density, "seconds_a_step": round(spent / step, 3), "on_answer": on_answer(model, plan, judge),
@@ -154,6 +167,18 @@ def on_answer(model: nn.Module, plan: dict[str, Any], task: Recall) -> dict[str,
     return {"best_head": round(float(each.max()), 4), "mean": round(float(each.mean()), 4)}
 
 
+def tries(args: argparse.Namespace, judge: Recall) -> None:
+    """Steps and loss of the short lessons, by seed."""
+    args.long = 0
+    with (args.out / "tries.jsonl").open("a") as out:
+        for name in args.methods:
+            for seed in range(args.tries):
+                args.seed = seed
+                record = json.dumps(trained(name, args, judge))
+                print(record, flush=True)
+                out.write(record + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
@@ -162,13 +187,20 @@ def main() -> None:
     parser.add_argument("--short", type=int, default=500, help="most steps of short lessons")
     parser.add_argument("--long", type=int, default=500, help="most steps after them")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--embeddings", type=float, default=0.0, help="deviation of the token embeddings, 0 for the model's own (0.02)")
+    parser.add_argument("--tries", type=int, default=0, help="short lessons only, from so many seeds")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    kept = args.out / f"recall-{args.context}-{args.seed}.jsonl"
+    other = f"-lr{args.lr:g}" * (args.lr != 2e-3) + f"-embeddings{args.embeddings:g}" * (args.embeddings != 0)
+    kept = args.out / f"recall-{args.context}-{args.seed}{other}.jsonl"
     done = {r["method"]: r for r in map(json.loads, kept.read_text().splitlines())} if kept.exists() else {}
     judge = mqar(KEYS, VALUES, FILLER, args.context, args.context // 8, 32, power=1.0, seed=-1 - args.seed)
+    if args.tries:
+        tries(args, judge)
+        return
     for name in args.methods:
         if name not in done:
             done[name] = trained(name, args, judge)

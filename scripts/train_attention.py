@@ -30,16 +30,23 @@ OWN = {
     "shared_diff": {},
     "nosa": {"budget": 0.25, "block": 16, "pool": 8, "local": 1},
     "llsa": {"top": 4, "block": 8, "shared": False, "coarse": "rest"},
+    "sma": {"window": 256},
+    "swat": {"window": 32},
+    "pattern": {"pattern": "window(32)"},
 }
-"""Settings of each method: about a quarter of the pairs of a 256-token context."""
+"""Settings of each method: about a quarter of the pairs of a 256-token context; swat against softmax in the same window, pattern."""
 
 
-def small_llama(vocab: int, hidden: int, layers: int) -> LlamaForCausalLM:
+def small_llama(vocab: int, hidden: int, layers: int, embeddings: float = 0.0) -> LlamaForCausalLM:
+    """Of the same weights each time; `embeddings`: their deviation, 0 for transformers' own."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
+    model = LlamaForCausalLM(LlamaConfig(
         vocab_size=vocab, hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
     ))
+    if embeddings:
+        torch.nn.init.normal_(model.model.embed_tokens.weight, std=embeddings)
+    return model
 
 
 def plan_of(name: str, model: LlamaForCausalLM) -> dict[str, rarefy.Sparse]:
@@ -80,6 +87,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--embeddings", type=float, default=0.0, help="deviation of the token embeddings, 0 for the model's own (0.02)")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -87,17 +95,18 @@ def main() -> None:
     text = rarefy.text("stdlib", tokenizer, context=args.context, fit_tokens=args.steps * args.batch * args.context, judge_tokens=20_000)
     stream = rarefy.TensorStream(torch.cat([b.input_ids for b in text.fit]), args.batch)
     recipe = rarefy.Recipe(steps=args.steps, lr=args.lr, betas=(0.9, 0.95), save_every=100, log_every=20)
+    other = f"-embeddings{args.embeddings:g}" * (args.embeddings != 0)
     print(f"{args.layers} layers, width {args.hidden}, context {args.context}, {args.steps} steps of {args.batch * args.context} tokens")
     for name in args.methods:
-        model = small_llama(len(tokenizer), args.hidden, args.layers)
+        model = small_llama(len(tokenizer), args.hidden, args.layers, args.embeddings)
         plan = {} if name == "dense" else plan_of(name, model)
         wrapper = Trained(plan, model) if plan else Dense(model)
         began = time.perf_counter()
-        rarefy.train({name: wrapper}, stream, recipe, args.out / f"{name}-{args.layers}x{args.hidden}-{args.context}-{args.steps}")
+        rarefy.train({name: wrapper}, stream, recipe, args.out / f"{name}-{args.layers}x{args.hidden}-{args.context}-{args.steps}{other}")
         seconds = time.perf_counter() - began
         with torch.no_grad():
             point = judged(model.eval(), plan, text.judge)
-        print(f"{name:8s} ce {point['ce']}  density {point['density']:.3f}  {seconds / args.steps:.2f} s a step", flush=True)
+        print(f"{name:11s} ce {point['ce']}  density {point['density']:.3f}  {seconds / args.steps:.2f} s a step", flush=True)
 
 
 def judged(model: LlamaForCausalLM, plan: dict[str, rarefy.Sparse], batches: list) -> dict:

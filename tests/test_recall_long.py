@@ -12,7 +12,8 @@ from rarefy.errors import BadInput
 from rarefy.fidelity import Interval
 from rarefy.frontier import Point
 from rarefy.jobs.attention_suite import AttentionRequest, Cell, _cells, _too_long
-from rarefy.jobs.attention_suite_page import by_length, tables, winners, with_length
+from rarefy.jobs.attention_suite_findings import by_length, winners, with_length
+from rarefy.jobs.attention_suite_page import tables
 from rarefy.jobs.attention_suite_run import judged
 from rarefy.jobs.attention_suite_tasks import check_tasks, recall_sitting
 from rarefy.tasks.needles import needles
@@ -102,7 +103,8 @@ def test_tasks_of_the_model_under_test_are_left_out_where_it_is_too_short(tmp_pa
 
 
 def line(loss: float, density: float, role: str = "method") -> Point:
-    return Point("", "key", role, density, density, {"loss": Interval(loss, loss, loss), "score": Interval(1 - loss, 0, 1)})
+    metrics = {"loss": Interval(loss, loss, loss), "score": Interval(1 - loss, 0, 1), "dense_score": Interval(1, 1, 1)}
+    return Point("", "key", role, density, density, metrics)
 
 
 MADE = {
@@ -119,7 +121,7 @@ def test_least_density_by_length() -> None:
     assert head[3:] == ["512 tokens", "8192 tokens"]
     assert rows == [["a/x", "decode", "one", "0.30", "0.10"], ["a/x", "decode", "two", "0.10", "0.30"]]
     said = with_length(MADE)
-    assert "falls in 1 cases, rises in 1 and stays in 0 (a/x in decode of one: 0.30 at 512 tokens, 0.10 at 8192;" in said
+    assert "falls in 1 case, rises in 1 and stays in 0 (a/x in decode of one: 0.30 at 512 tokens, 0.10 at 8192;" in said
     assert with_length({c: p for c, p in MADE.items() if c.length == 512}) == ""
     level = {c: p for c, p in MADE.items() if c.task == "two"} | {Cell("a/x", 0.1, "decode", "two", 8192): line(0.0, 0.1)}
     assert "falls in 0 cases, rises in 0 and stays in 1." in with_length(level)
@@ -129,7 +131,7 @@ def test_a_pattern_stands_among_the_budgets_that_it_fits() -> None:
     made = MADE | {Cell("patterns/p", 1.0, "decode", "two", 8192): line(0.2, 0.105)}
     best = {(row[0], row[2], row[3]): row[4] for row in winners(made)}
     assert best["two", "8192", "0.1"] == "patterns/p" and best["two", "8192", "0.3"] == "a/x" and best["two", "512", "0.1"] == "a/x"
-    assert ("two", "8192", "1") in best
+    assert ("two", "8192", "1") not in best                                    # everything kept is dense: no budget to win at
     shown = tables(MADE)
     assert [t["title"] for t in shown][2:] == ["Which method wins at which length", "Does a longer context tolerate more sparsity?"]
     assert shown[2]["head"] == ["task", "phase", "budget", "512 tokens", "8192 tokens"]

@@ -181,7 +181,7 @@ def sweep(
         from .cli_attention import run_suite
 
         result = run_suite(
-            suite, methods=_names(methods), model=model, budgets=_budgets(budget), out=out, tasks=_names(tasks), phases=_names(phases),
+            suite, methods=methods, model=model, budgets=_budgets(budget), out=out, tasks=_names(tasks), phases=_names(phases),
             lengths=_names(lengths), sequences=sequences, data=data, tokens=tokens, settings=_settings(settings), screen=_screen(as_json),
         )
         _print(result, as_json, out)

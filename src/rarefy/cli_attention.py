@@ -8,8 +8,20 @@ from typing import Any
 from .errors import BadInput
 
 
+def split(text: str) -> list[str]:
+    """Names separated by commas; a comma inside the brackets of a pattern's expression is its own."""
+    out, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and depth <= 0:
+            out.append("")
+        else:
+            out[-1] += letter
+    return [name.strip() for name in out if name.strip()]
+
+
 def run_suite(
-    suite: str, *, methods: list[str], model: str, budgets: list[float], out: Path, tasks: list[str], phases: list[str], lengths: list[str],
+    suite: str, *, methods: str, model: str, budgets: list[float], out: Path, tasks: list[str], phases: list[str], lengths: list[str],
     sequences: int, data: str, tokens: int, settings: dict[str, Any], screen: Any,
 ) -> Any:
     """`rarefy sweep --suite attention`. Raises BadInput for another suite or lengths that are no whole numbers."""
@@ -21,7 +33,7 @@ def run_suite(
     from .jobs.attention_suite_tasks import TASKS
 
     request = AttentionRequest(
-        methods=methods, model=model, budgets=budgets, out=out, tasks=tasks or list(TASKS), phases=phases, lengths=[int(n) for n in lengths],
+        methods=split(methods), model=model, budgets=budgets, out=out, tasks=tasks or list(TASKS), phases=phases, lengths=[int(n) for n in lengths],
         sequences=sequences, data=data, tokens=tokens, settings=settings,
     )
     return attention_suite(request, screen=screen)

@@ -46,6 +46,14 @@ _LLAMA_LINEARS = {
 _LLAMA_STREAMS = {
     "resid_mid": "post_attention_layernorm<", "attn.in": "self_attn<", "attn.out": "self_attn>", "mlp.in": "mlp<", "mlp.out": "mlp>",
 }
+_BERT_STREAMS = {
+    "resid_mid": "attention.output>", "attn.in": "attention.self<", "attn.out": "attention.output.dense>", "mlp.in": "intermediate<",
+    "mlp.out": "output.dense>",
+}
+_BERT_LINEARS = {
+    "q_proj": "attention.self.query", "k_proj": "attention.self.key", "v_proj": "attention.self.value",
+    "o_proj": "attention.output.dense", "up_proj": "intermediate.dense", "down_proj": "output.dense",
+}
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -87,15 +95,20 @@ FAMILIES: tuple[Family, ...] = (
         "final_layernorm",
     ),
     Family(
-        "bert", ("bert",), "bert", "embeddings", "encoder.layer", "attention.self",
-        {"resid_mid": "attention.output>", "attn.in": "attention.self<", "attn.out": "attention.output.dense>",
-         "mlp.in": "intermediate<", "mlp.out": "output.dense>"},
-        {"q_proj": "attention.self.query", "k_proj": "attention.self.key", "v_proj": "attention.self.value",
-         "o_proj": "attention.output.dense", "up_proj": "intermediate.dense", "down_proj": "output.dense"},
-        head="cls",
+        "bert", ("bert",), "bert", "embeddings", "encoder.layer", "attention.self", _BERT_STREAMS, _BERT_LINEARS, head="cls",
     ),
     Family(
-        "vit", ("vit",), "vit", "embeddings", "layers", "attention",
+        "roberta", ("roberta", "xlm-roberta", "camembert"), "roberta", "embeddings", "encoder.layer", "attention.self", _BERT_STREAMS, _BERT_LINEARS,
+    ),
+    Family(
+        "distilbert", ("distilbert",), "distilbert", "embeddings", "transformer.layer", "attention",
+        {"resid_mid": "sa_layer_norm>", "attn.in": "attention<", "attn.out": "attention>", "mlp.in": "ffn<", "mlp.out": "ffn>"},
+        {"q_proj": "attention.q_lin", "k_proj": "attention.k_lin", "v_proj": "attention.v_lin", "o_proj": "attention.out_lin",
+         "up_proj": "ffn.lin1", "down_proj": "ffn.lin2"},
+        head="vocab_projector",
+    ),
+    Family(
+        "vit", ("vit", "deit"), "vit", "embeddings", "layers", "attention",
         {"resid_mid": "layernorm_after<", "attn.in": "attention<", "attn.out": "attention>", "mlp.in": "mlp<", "mlp.out": "mlp>"},
         {"q_proj": "attention.q_proj", "k_proj": "attention.k_proj", "v_proj": "attention.v_proj", "o_proj": "attention.o_proj",
          "up_proj": "mlp.fc1", "down_proj": "mlp.fc2"},
@@ -104,23 +117,41 @@ FAMILIES: tuple[Family, ...] = (
 )
 _BY_TYPE = {t: family for family in FAMILIES for t in family.types}
 
+_BIAS, _OWN, _PAIR = "adds a bias of its own to the logits", "is computed by the model's own code", "is that of an encoder and a decoder"
+ODD_ATTENTION = {
+    "gpt_oss": "has learned sinks in its softmax", "swin": _BIAS, "bloom": _BIAS, "mpt": _BIAS, "t5": _BIAS, "deberta-v2": _BIAS, "falcon": _OWN,
+    "gptj": _OWN, "codegen": _OWN, "bart": _PAIR, "whisper": _PAIR, "marian": _PAIR, "mamba": "is not there",
+}
+"""Types without a row whose attention no method could stand in for as it is -> why."""
+
 
 def config_of(model: nn.Module) -> Any:
     """The model's transformers config."""
     return model.config
 
 
+def _type_of(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
 def family_of(model: nn.Module) -> Family:
     """The row of a model, by its config's model_type."""
-    kind = getattr(getattr(model, "config", None), "model_type", None)
+    kind = _type_of(model)
+    if kind is None:
+        inner = "; give the model it wraps, its .module" if isinstance(getattr(model, "module", None), nn.Module) else ""
+        raise Unsupported(f"a {type(model).__name__} has no config that says what model it is{inner}. Raw module paths work on any model")
+    if kind not in _BY_TYPE and (why := ODD_ATTENTION.get(kind)):
+        raise Unsupported(f"models of type {kind!r} have no table of sites: their attention {why}. Raw module paths work on any model")
     if kind not in _BY_TYPE:
-        raise Unsupported(f"models of type {kind!r} have no table of sites yet; known: {', '.join(_BY_TYPE)}. Raw module paths work on any model")
+        inside = next((at for at, m in model.named_modules() if hasattr(m, "base_model_prefix") and _type_of(m) in _BY_TYPE), "")
+        hint = f"; its {inside} is one that has: give that" if inside else f"; known: {', '.join(_BY_TYPE)}"
+        raise Unsupported(f"models of type {kind!r} have no table of sites yet{hint}. Raw module paths work on any model")
     return _BY_TYPE[kind]
 
 
 def backbone_path(model: nn.Module, family: Family) -> str:
-    """Path to the backbone: the table's, or "" when the model is the backbone itself."""
-    candidates = [family.backbone, family.backbone.rpartition(".")[2], ""]
+    """Path to the backbone: the table's, what the model's class calls it, or "" when the model is the backbone itself."""
+    candidates = [family.backbone, family.backbone.rpartition(".")[2], getattr(model, "base_model_prefix", ""), ""]
     for path in candidates:
         try:
             model.get_submodule(f"{path}.{family.layers}" if path else family.layers)

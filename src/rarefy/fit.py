@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import world
-from .errors import BadInput, Damaged, Halted
+from .errors import BadInput, Damaged, Halted, Unsupported
 from .learner import Learner, Recipe
 from .method import Sparse
 from .observing import Watched
@@ -128,8 +128,11 @@ def calibrate(
 
     Raises:
         BadInput: no data, data with NaN, or a name that is not one linear layer or attention; names the site.
+        Unsupported: a model that does not read token ids.
     """
     wanted = [name for name, method in plan.items() if method.fitted == "calibrated"]
+    if wanted and (reads := getattr(model, "main_input_name", "input_ids")) != "input_ids":
+        raise Unsupported(f"{plan[wanted[0]].name} is calibrated on token ids, and a {type(model).__name__} reads {reads}")
     found = _places(model, wanted)
     groups: dict[int, dict[str, Site]] = {}
     for name, site in found.items():

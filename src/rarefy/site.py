@@ -6,7 +6,9 @@ Shape letters: B = batch, T = tokens, D = width, H = heads.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +23,6 @@ from .places import Site, all_sites, dense_of, known_sites, refuse_shared, sites
 __all__ = ["Site", "all_sites", "capture", "replaced", "sites"]
 
 Map = Callable[[Tensor], Tensor]
-
 
 
 def _split(site: Site, fused: Tensor, heads: int, layout: str) -> Tensor:
@@ -141,6 +142,56 @@ def _checked(site: Site, new: Map, rows: list[tuple[int, ...]]) -> Map:
     return call
 
 
+class _Hook:
+    """A stream's hook, which goes along when another layer comes to stand where it hangs."""
+
+    def __init__(self, module: nn.Module, hang: Callable[[nn.Module], Any]) -> None:
+        self.module, self.hang, self.handle = module, hang, hang(module)
+        _hooks.append(self)
+
+    def move(self, module: nn.Module) -> None:
+        self.handle.remove()
+        self.module, self.handle = module, self.hang(module)
+
+    def remove(self) -> None:
+        self.handle.remove()
+        _hooks.remove(self)
+
+
+@dataclass(eq=False)
+class _Swap:
+    """A linear layer and what stands in its place."""
+
+    owner: nn.Module
+    leaf: str
+    old: nn.Module
+    new: nn.Module
+
+    def enter(self) -> None:
+        _swaps.append(self)
+        self._stand(self.old, self.new)
+
+    def leave(self) -> None:
+        """Put back what stood there; where a later swap stands on this one, let that one put it back."""
+        at = _swaps.index(self)
+        later = next((s for s in _swaps[at + 1 :] if s.owner is self.owner and s.leaf == self.leaf), None)
+        del _swaps[at]
+        if later is None:
+            self._stand(self.new, self.old)
+        else:
+            later.old = self.old
+
+    def _stand(self, before: nn.Module, now: nn.Module) -> None:
+        setattr(self.owner, self.leaf, now)
+        for hook in [hook for hook in _hooks if hook.module is before]:
+            hook.move(now)
+
+
+_hooks: list[_Hook] = []
+_swaps: list[_Swap] = []
+"""Of all contexts that are open, first come first."""
+
+
 def _hook_stream(model: nn.Module, site: Site, new: Map, handles: list[Any]) -> None:
     rows: list[tuple[int, ...]] = [()]
     handles.append(model.register_forward_pre_hook(lambda m, args, kwargs: rows.__setitem__(0, _rows(args, kwargs)), with_kwargs=True))
@@ -154,7 +205,8 @@ def _hook_stream(model: nn.Module, site: Site, new: Map, handles: list[Any]) -> 
             return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": value})
 
         # A layer's own input comes before what _hook_between notes of it, also when this context is the inner one.
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=site.name.endswith(".resid_pre")))
+        first = site.name.endswith(".resid_pre")
+        handles.append(_Hook(module, lambda m: m.register_forward_pre_hook(before, with_kwargs=True, prepend=first)))
     else:
         def after(m: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             old = _first(output)
@@ -163,7 +215,7 @@ def _hook_stream(model: nn.Module, site: Site, new: Map, handles: list[Any]) -> 
             heads, layout = _layout(model, site)
             return _join(site, old, new(_split(site, old, heads, layout)), heads, layout)
 
-        handles.append(module.register_forward_hook(after))
+        handles.append(_Hook(module, lambda m: m.register_forward_hook(after)))
 
 
 def _hook_between(model: nn.Module, site: Site, new: Map, handles: list[Any]) -> None:
@@ -191,29 +243,31 @@ def replaced(
 
     Args:
         plan: site name, alias or glob -> what goes there. Stream sites take a callable [B, T, D] -> [B, T, D]; linear
-            sites a module; `layers.N.attn` an attention method.
-        attention: instead of a plan: catalogue name below attention/, for every layer, with its arguments
+            sites a module; `layers.N.attn` an attention method. A name goes before a glob, a later glob before an earlier one.
+        attention: catalogue name below attention/, with its arguments, for every layer whose attention the plan does not name
             (`replaced(model, attention="quest", budget=0.25)`).
 
     Raises:
         BadInput, Unsupported: before anything is changed.
     """
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"replaced() takes a model first, not a {type(model).__name__}")
+    if plan is None and not attention:
+        raise BadInput(f"replaced() got {', '.join(arguments) or 'nothing to put in'} without attention=NAME; give that or a plan {{site: method}}")
+    where = _places(model, {} if plan is None else plan)
     if attention:
-        plan = {**(plan or {}), "layers.*.attn": _by_name(attention, arguments)}
+        everywhere = {name: (site, new) for new in [_by_name(attention, arguments)] for name, site in sites_of(model, ["layers.*.attn"])[0].items()}
+        if everywhere.keys() <= where.keys():
+            raise BadInput(f"the plan names the attention of every layer, which leaves attention={attention!r} none; leave one of them out")
+        where = everywhere | where
     elif arguments:
         raise BadInput(f"replaced() got {', '.join(arguments)} without attention=NAME")
-    where: dict[str, tuple[Site, Any]] = {}
-    plan = plan or {}
-    for (name, new), found in zip(plan.items(), sites_of(model, plan), strict=True):
-        if isinstance(new, Sparse) and len(found) > 1 and any(s.kind == "linear" for s in found.values()):
-            raise BadInput(f"{name} names {len(found)} sites, but one method stands in for one linear layer; give each its own")
-        where.update({s.name: (s, new) for s in found.values()})
     for site, new in where.values():
         _check(site, new)
     refuse_shared(model, [site for site, _ in where.values()])
     rank = {name: i for i, name in enumerate(known_sites(model))}
     handles: list[Any] = []
-    swapped: list[tuple[nn.Module, str, nn.Module]] = []
+    swapped: list[_Swap] = []
     standing: list[nn.Module] = []
     heads = {s.module_path: (s.name, new) for s, new in where.values() if s.kind == "attention"}
     try:
@@ -224,12 +278,12 @@ def replaced(
                     parent, _, leaf = site.module_path.rpartition(".")
                     owner = model.get_submodule(parent)
                     old = getattr(owner, leaf)
-                    swapped.append((owner, leaf, old))
                     dense = dense_of[old] if old in dense_of else old
                     if new not in dense_of and new is not dense:
                         dense_of[new] = dense
                         standing.append(new)
-                    setattr(owner, leaf, new)
+                    swapped.append(_Swap(owner, leaf, old, new))
+                    swapped[-1].enter()
             for site, new in sorted(where.values(), key=lambda pair: rank.get(pair[0].name, len(rank))):
                 if site.kind == "stream":
                     _hook_stream(model, site, new, handles)
@@ -237,26 +291,55 @@ def replaced(
     finally:
         for handle in handles:
             handle.remove()
-        for owner, leaf, old in reversed(swapped):
-            setattr(owner, leaf, old)
+        for swap in reversed(swapped):
+            swap.leave()
         for new in standing:
             dense_of.pop(new, None)
 
 
+def _places(model: nn.Module, plan: Mapping[str, Any]) -> dict[str, tuple[Site, Any]]:
+    """Site name -> (site, what goes there): globs in their order, then names."""
+    if not isinstance(plan, Mapping):
+        hint = f"; for a method by name: replaced(model, attention={plan!r})" if isinstance(plan, str) else ""
+        raise BadInput(f"a plan is a mapping {{site: what goes there}}, not a {type(plan).__name__}{hint}")
+    globs: dict[str, tuple[Site, Any]] = {}
+    named: dict[str, tuple[Site, Any]] = {}
+    for (name, new), found in zip(plan.items(), sites_of(model, plan), strict=True):
+        if isinstance(new, Sparse) and len(found) > 1 and any(s.kind == "linear" for s in found.values()):
+            raise BadInput(f"{name} names {len(found)} sites, but one method stands in for one linear layer; give each its own")
+        one = not any(c in name for c in "*?[")
+        if one and (twice := found.keys() & named.keys()):
+            raise BadInput(f"two entries of the plan name {twice.pop()}, one of them as {name}; give it one")
+        (named if one else globs).update({s.name: (s, new) for s in found.values()})
+    return globs | named
+
+
 def _by_name(attention: str, arguments: dict[str, Any]) -> nn.Module:
     """One attention method for every layer, by its catalogue name below attention/."""
-    from .catalogue import entry
+    from .catalogue import CARDS, entry
 
-    card = entry(f"attention/{attention.removeprefix('attention/')}")
+    if not isinstance(attention, str):
+        raise BadInput(f"attention={attention!r}: give a catalogue name, or the object in a plan, {{'layers.*.attn': method}}")
+    leaf = attention.lower().rpartition("/")[2]
+    other = next((c for c in CARDS if c.name in (f"cache/{leaf}", f"patterns/{leaf}") and attention in (c.name, leaf)), None)
+    if other is not None and not any(c.name == f"attention/{leaf}" for c in CARDS):
+        how = f"rarefy.attention.cache.kv_cache(model, {leaf!r})" if other.kind == "cache" else "attention='pattern', pattern=its expression"
+        raise BadInput(f"{other.name} is a {other.kind}, not a method of attention: use {how}; `rarefy methods {other.name}` prints its card")
+    card = entry(f"attention/{attention.lower().removeprefix('attention/')}")
     if card.fitted == "trained":
         raise BadInput(
             f"{card.name} has parameters of its own that must be trained first: plan = rarefy.plan({card.name!r}, model), train it "
             "(rarefy.attention.trained: Distilled or Trained), then replaced(model, plan)"
         )
+    for what, how in (("layers", "name them in a plan, {'layers.[01].attn': method}"), ("heads", "give a plan rarefy.attention.per_head.PerHead")):
+        if what in arguments and what not in inspect.signature(card.load()).parameters:
+            raise BadInput(f"{card.name} has no {what}= to choose some of them; {how}")
     return card.load()(**arguments).eval()
 
 
 def _check(site: Site, new: Any) -> None:
+    if isinstance(new, type):
+        raise BadInput(f"{site.name}: {new.__name__} is a class; give an object of it, {new.__name__}(...)")
     if site.kind == "linear" and not isinstance(new, nn.Module):
         raise BadInput(f"{site.name}: a linear layer is replaced by a module, not by a {type(new).__name__}")
     if site.kind == "attention" and not hasattr(new, "attend"):

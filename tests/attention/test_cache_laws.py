@@ -135,8 +135,9 @@ def test_beams_and_chosen_rows(name: str) -> None:
             model(input_ids=ids[:, :20], past_key_values=both)
             both.batch_select_indices(torch.tensor([1]))
             torch.testing.assert_close(model(input_ids=ids[1:, 20:], past_key_values=both).logits, alone, rtol=1e-4, atol=1e-5)
-    with pytest.raises(Unsupported, match=f"cache/{name}.*layer 0.*cropped"):
-        both.crop(-1)
+    if name != "pages":                                           # which drops nothing: see test_cache_sessions.py
+        with pytest.raises(Unsupported, match=f"cache/{name}.*layer 0.*cropped"):
+            both.crop(-1)
 
 
 @pytest.mark.parametrize("name", SMALL)

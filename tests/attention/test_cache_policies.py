@@ -12,11 +12,11 @@ from torch import Tensor
 from rarefy.attention.cache import make
 from rarefy.attention.cache.base import Cache
 from rarefy.attention.cache.csr import CSR, fit_atoms, pursue
-from rarefy.attention.cache.mustafar import pack_rows, unpack_rows
 from rarefy.attention.cache.probe import activation_weights, shares
 from rarefy.attention.cache.sentinel import sentinel_loss, wrap
 from rarefy.attention.cache.shadow import rotate
 from rarefy.errors import BadInput, Unsupported
+from rarefy.kernels.coded_attention import prune_rows, unpack_rows
 from rarefy.site import replaced
 from site_models import build, inputs
 
@@ -150,11 +150,11 @@ def test_pages_are_the_ones_with_the_largest_bound() -> None:
 def test_bitmaps_unpack_to_what_was_packed(width: int) -> None:
     x = torch.randn(2, 3, 7, width, generator=torch.Generator().manual_seed(0))
     for keep in (1, width // 2, width):
-        bits, values = pack_rows(x, keep)
+        bits, values = prune_rows(x, keep)
         assert bits.shape == (2, 3, 7, -(-width // 8)) and bits.dtype == torch.uint8 and values.shape == (2, 3, 7, keep)
         least = x.abs().sort(-1, descending=True).values[..., keep - 1 : keep]
         assert torch.equal(unpack_rows(bits, values, width), torch.where(x.abs() >= least, x, 0.0))
-    assert pack_rows(torch.tensor([[3.0, 0.1, -5.0, 0.2, 0.3, 0.4, 0.5, 0.6, 4.0]]), 3)[0].tolist() == [[0b101, 1]]
+    assert prune_rows(torch.tensor([[3.0, 0.1, -5.0, 0.2, 0.3, 0.4, 0.5, 0.6, 4.0]]), 3)[0].tolist() == [[0b101, 1]]
 
 
 def test_mustafar_is_attention_over_pruned_vectors_and_a_whole_window() -> None:

@@ -34,18 +34,11 @@ def test_moba_keeps_its_own_block_and_the_best_past_ones():
     torch.testing.assert_close(MoBA(block=block, top=top)(q, k, v), wanted)
 
 
-class MeanNSA(NSA):
-    """Compression by means, as public code has it in place of the paper's MLP."""
-
-    def compressed(self, x_BGSD, which):
-        return x_BGSD.unfold(2, self.compress, self.stride).mean(-1)
-
-
 def test_nsa_of_whole_blocks_is_three_masked_attentions_and_its_selection_comes_from_the_compressed_one():
     T, block, window, top = 23, 4, 5, 3
     q, k, v = qkv(T)
     hidden = torch.randn(2, T, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    m = MeanNSA(hidden=8, **SIZES, block=block, compress=block, stride=block, window=window, local=1, top=top).double()
+    m = NSA(phi="mean", hidden=8, **SIZES, block=block, compress=block, stride=block, window=window, local=1, top=top).double()
     k4, v4, t, N = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), torch.arange(T), T // block
     mean_k, mean_v = (x[:, :, : N * block].unflatten(2, (N, block)).mean(3) for x in (k4, v4))
     ended = torch.arange(N) <= ((t - block + 1) // block)[:, None]

@@ -149,6 +149,13 @@ def test_nsa_reads_its_hidden_state_and_counts_all_branches():
     assert method.measured_density() == pytest.approx((selected + window + small) / 78)
 
 
+def test_nsa_gates_begin_near_one_half_whatever_the_token():
+    """Wide draws give each token other gates, which a lookup has to be learned against."""
+    hidden = torch.randn(1, 200, 64, generator=torch.Generator().manual_seed(0))
+    gates = NSA(hidden=64, **SIZES).gates(hidden)
+    assert 0.02 < gates.std() < 0.06 and (gates - 0.5).abs().max() < 0.2
+
+
 def test_seer_truth_is_the_pooled_map_and_the_gate_its_formula():
     q, k, v = (x.detach() for x in qkv(22))
     method = Seer(**SIZES, block=4, query_block=3, d_gate=4, budget=0.5).double()

@@ -125,6 +125,19 @@ def test_a_frozen_model_is_left_alone_while_its_methods_learn():
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize(("name", "train_model"), [("moba", True), ("nsa", True), ("nsa", False), ("routing", True)])
+def test_a_layer_computed_again_in_the_backward_pass_is_computed_the_same_way(name, train_model):
+    ids, ended = windows(8), []
+    for again in (False, True):
+        model = build("llama").train()
+        if again:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        wrapper = Trained(planned(name, model), model, train_model=train_model)
+        train({name: wrapper}, TensorStream(ids, 8), Recipe(steps=3, lr=1e-2))
+        ended.append({**wrapper.state_dict(), **model.state_dict()})
+    torch.testing.assert_close(*ended)
+
+
 @pytest.mark.parametrize(("name", "kind"), [("seer", Distilled), ("nsa", Trained)])
 def test_a_run_cut_short_ends_with_the_same_bits(tmp_path, name, kind):
     ids, recipe = windows(), Recipe(steps=6, lr=1e-2, save_every=2)
@@ -176,6 +189,12 @@ def test_what_cannot_be_is_refused_by_name():
         Trained({}, model)
     with pytest.raises(BadInput, match="token windows"):
         Distilled(seer, model).loss(ids.float(), ids)
+    for wrong in (model.config.vocab_size, -1):
+        with pytest.raises(BadInput, match=rf"vocabulary; these lie in .*{wrong}"):
+            Trained(planned("moba", model), model).loss(torch.full_like(ids, wrong), ids)
+    nsa = planned("nsa", model)
+    with pytest.raises(BadInput, match=r"attention/nsa is in torch\.float32 and its layer in torch\.bfloat16"), replaced(model.bfloat16(), nsa):
+        run(model, input_ids=ids)
     gpt2 = build("gpt2")                                            # as many query heads, but each has keys of its own
     with pytest.raises(BadInput, match="made for 4 query heads, 2 key heads"), replaced(gpt2, {"layers.0.attn": seer["layers.0.attn"]}):
         run(gpt2, **inputs("gpt2"))

@@ -178,6 +178,12 @@ def test_nosa_keeps_the_steady_share_from_step_to_step():
             assert torch.equal(method.moved(mask)[:, :, t - 1], mask[:, :, t].sum(-1) - both)
 
 
+def test_nosa_begins_with_keys_about_equally_important():
+    """Drawn wide, importance lifts some tokens for every query, and a lookup has to be learned against it."""
+    importance = NOSA(4, 4, 32).importance(torch.randn(1, 4, 200, 32, generator=torch.Generator().manual_seed(0)))
+    assert 0.01 < importance.std() < 0.1
+
+
 def test_nosa_refuses_a_share_of_one_and_windows_that_do_not_fit():
     with pytest.raises(BadInput, match=r"steady=1\.0"):
         NOSA(**SIZES, steady=1.0)

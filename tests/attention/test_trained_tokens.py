@@ -123,6 +123,8 @@ def test_centroids_follow_their_tokens_while_training_only():
     method(q, k, v)
     assert torch.equal(method.centroid_HCD, before)
     method.train()(q, k, v)
+    assert torch.equal(method.centroid_HCD, before)                # nor before the step is done: the backward pass may compute the layer again
+    method.after_step(0)
     h = 3
     moved = torch.zeros_like(before[h])
     for x in (q[0, h], k[0, 1]):
@@ -131,6 +133,9 @@ def test_centroids_follow_their_tokens_while_training_only():
         for c in range(2):
             moved[c] += (unit[best == c].mean(0) if (best == c).any() else before[h, c]) / 2
     torch.testing.assert_close(method.centroid_HCD[h], 0.9 * before[h] + 0.1 * moved)
+    moved = method.centroid_HCD.clone()
+    method.after_step(1)                                           # without a batch there is nothing to follow
+    assert torch.equal(method.centroid_HCD, moved)
 
 
 def test_planted_clusters_are_found_and_keep_their_pairs():
@@ -139,8 +144,9 @@ def test_planted_clusters_are_found_and_keep_their_pairs():
     centre = torch.nn.functional.normalize(torch.randn(3, 6, generator=draw, dtype=torch.float64), dim=-1) * 4
     q, k = (centre[group] + 0.3 * torch.randn(1, heads, 60, 6, generator=draw, dtype=torch.float64) for heads in (4, 2))
     method = Routing(**SIZES, clusters=3, decay=0.5, seed=4).double().train()
-    for _ in range(20):
+    for step in range(20):
         method(q, k, k)
+        method.after_step(step)
     kept, same = method.eval().select(q, k, k).mask, group[:, None] == group
     assert kept[:, :, torch.ones(60, 60).tril().bool() & same].float().mean() > 0.95
     assert kept[:, :, torch.ones(60, 60).tril().bool() & ~same].float().mean() < 0.6

@@ -95,10 +95,37 @@ def test_cache_policies_are_judged_in_decoding_alone(run: Run, words: list[Any],
     assert 0.2 < few["density"] < 0.45 and few["cost"]["bytes"] < all_["cost"]["bytes"]
 
 
+def test_an_expression_is_a_method_and_shorter_lengths_may_be_added(run: Run, words: list[Any], tmp_path: Path) -> None:
+    words[1] = "window(8) | sinks(2), heads(window(4), window(16)), cache/window"
+    got = run(*words, "--lengths", 112, "--tasks", "needle", "--budget", "0.3", "--out", tmp_path / "run", "--json")
+    assert got.code == 0, got.err
+    points, left_out = got.json["points"], got.json["left_out"]
+    both = [(m, phase) for m in ("window(8) | sinks(2)", "heads(window(4), window(16))") for phase in ("prefill", "decode")]
+    assert [(p["method"], p["phase"]) for p in points] == [*both, ("cache/window", "decode")]
+    pairs = sum(min(t + 1, 8) + min(max(0, t - 7), 2) for t in range(112)) / (112 * 113 / 2)
+    assert points[0]["density"] == pytest.approx(pairs, rel=1e-6)
+    assert list(left_out) == ["cache/window, prefill"]                                    # said, not skipped in silence
+    assert run(*words, "--lengths", "96,112", "--tasks", "needle", "--budget", "0.3", "--out", tmp_path / "run").code == 0
+    assert len(keys(tmp_path / "run")) == 10
+
+
+def test_show_says_how_a_pattern_is_drawn(run: Run) -> None:
+    refuses(run("show", "window(8) | sinks(2)"), "rarefy draw 'window(8) | sinks(2)'")
+
+
+def test_a_policy_that_has_no_place_in_a_run_is_refused_before_it(run: Run, words: list[Any], tmp_path: Path) -> None:
+    words[1] = "cache/window"
+    for more in (["--phases", "prefill"], ["--tasks", "averaging"]):
+        refuses(run(*words, *more, "--out", tmp_path / "run"), "cache/window is a cache's policy, at work in a model's decoding alone")
+
+
 @pytest.mark.parametrize(("more", "named"), [
     (["--suite", "latents"], "no suite 'latents'"), (["--tasks", "nothing"], "no task 'nothing'"), (["--phases", "training"], "no phase 'training'"),
     (["--lengths", "50"], "length=50"), (["--lengths", "a"], "--lengths 'a'"), (["--sequences", "0"], "sequences=0"),
-    (["--set", "nothing=1"], "nothing"), (["--lengths", "4096"], "length=4096"),
+    (["--set", "nothing=1"], "nothing"), (["--lengths", "4096"], "length=4096"), (["--sequences", "1"], "no interval"),
+    (["--phases", ""], "no phase"),
+    (["--lengths", "96,96"], "96 is named twice"), (["--tasks", "mqar,mqar"], "mqar is named twice"),
+    (["--phases", "decode,decode"], "decode is named twice"),
 ])
 def test_requests_that_cannot_be_served_leave_nothing(run: Run, words: list[Any], tmp_path: Path, more: list[str], named: str) -> None:
     refuses(run(*words, *more, "--out", tmp_path / "run"), named)
@@ -106,7 +133,7 @@ def test_requests_that_cannot_be_served_leave_nothing(run: Run, words: list[Any]
 
 
 @pytest.mark.parametrize(("method", "named"), [
-    ("latents/topk", "latents/topk is a method of unit 'latent'"),
+    ("latents/topk", "latents/topk is a method of unit 'latent'"), ("window(8) | sinkz(2)", "did you mean sinks"),
     ("attention/nothing", "unknown method"), ("attention/quest,attention/quest", "twice"),
 ])
 def test_what_chooses_no_keys_is_refused(run: Run, words: list[Any], tmp_path: Path, method: str, named: str) -> None:

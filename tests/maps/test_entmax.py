@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 import rarefy
 from rarefy import maps
@@ -173,3 +173,41 @@ def test_the_path_of_other_devices_gives_the_same(alpha, monkeypatch):
     here = maps.entmax(single, alpha)
     monkeypatch.undo()
     torch.testing.assert_close(maps.entmax(single, alpha), here, rtol=1e-4, atol=1e-6)
+
+
+def test_near_alpha_one_float64_keeps_its_digits():
+    """To first order in e = alpha - 1, log p is u - e u^2 / 2, u = log softmax, moved so that the sum stays one."""
+    z = rows(4, 60)
+    for e in (1e-7, 1e-9):
+        u = torch.log_softmax(z, -1)
+        first = u.exp() * (1 - e * (u.square() - (u.exp() * u.square()).sum(-1, keepdim=True)) / 2)
+        torch.testing.assert_close(maps.entmax(z, 1 + e), first, rtol=0, atol=1e-3 * e + 1e-15)
+        first_class = torch.zeros(4, dtype=torch.long)
+        expected = torch.nn.functional.cross_entropy(z, first_class, reduction="none").float()
+        torch.testing.assert_close(maps.entmax_loss(z.float(), first_class, 1 + 100 * e), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.3, 1.5, 2.0, 3.0])
+def test_second_derivatives(alpha):
+    """Also where weights are zero and rows are masked, and of the loss, whose first derivative is p - y."""
+    z = rows(3, 5, scale=1.0).requires_grad_()
+    assert gradgradcheck(lambda x: maps.entmax(x, alpha), z)
+    target = torch.tensor([0, 2, 4])
+    assert gradgradcheck(lambda x: maps.entmax_loss(x, target, alpha), z)
+    if alpha > 1:
+        alphas = torch.tensor([[alpha], [1.2], [2.5]], dtype=torch.float64, requires_grad=True)
+        assert gradgradcheck(maps.entmax, (z, alphas))
+    masked = z.detach().masked_fill(torch.tensor([0, 0, 1, 0, 0], dtype=torch.bool), -torch.inf).requires_grad_()
+    (first,) = torch.autograd.grad((maps.entmax(masked, alpha) * torch.arange(5.0)).sum(), masked, create_graph=True)
+    assert torch.autograd.grad(first.square().sum(), masked)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_one_row_without_leading_dims_and_no_rows(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(sys.modules["rarefy.maps.entmax"], "available", lambda x: False)
+    z = rows(300, scale=20.0)
+    for alpha in (1.5, 2.0):
+        torch.testing.assert_close(maps.entmax(z, alpha), halved(z, alpha), rtol=1e-9, atol=1e-10)
+    assert maps.entmax(torch.zeros(0, 200), torch.full((0, 1), 1.5)).shape == (0, 200)
+    assert maps.entmax(torch.zeros(3, 200, 0), torch.full((1, 1, 0), 1.5), dim=1).shape == (3, 200, 0)

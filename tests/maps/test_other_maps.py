@@ -171,3 +171,10 @@ def test_n_gram_tables_are_checked():
         NGram(torch.ones(3, 3), 8)
     with pytest.raises(rarefy.BadInput, match="one size"):
         NGram(torch.ones(3, 4), 8)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e15])
+def test_statistical_top_k_does_not_depend_on_the_size_of_scores(scale):
+    z = torch.randn(5, 200, generator=torch.Generator().manual_seed(0))
+    vanishes = z * scale < (z * scale).amax(-1, keepdim=True) - 80                     # kept, but a weight of exp(-80)
+    assert torch.equal((maps.statistical_top_k(z * scale, 10) > 0) | vanishes, (maps.statistical_top_k(z * 4, 10) > 0) | vanishes)

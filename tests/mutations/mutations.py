@@ -29,8 +29,20 @@ MUTATIONS = {
     "entmax looks at too few scores": Mutation(
         "maps/entmax_rows.py", "top - 1.0 / e if", "top - 0.5 / e if", "tests/maps/test_entmax.py -k long_rows"),
     "entmax slope of softmax": Mutation(
-        "maps/entmax.py", "s = torch.where(p > 0, p ** (1 - e), 0)", "s = torch.where(p > 0, p, 0)",
+        "maps/entmax.py", "s = torch.where(there, safe ** (1 - e), 0)", "s = torch.where(there, safe, 0)",
         "tests/maps/test_entmax.py -k gradient_in_scores"),
+    "ranked attention keeps every equal score": Mutation(
+        "kernels/block_attention/ranked_loops.py", "level = key == least and rest > 0", "level = key == least",
+        "tests/attention/test_token_choice.py -k ranked_attention_is"),
+    "top-p stops one early": Mutation(
+        "kernels/block_attention/reach_loops.py", "                    if ahead > limit:", "                    if ahead >= limit:",
+        "tests/attention/test_token_choice.py -k reach_by_sorting"),
+    "listed pairs are counted in the rest too": Mutation(
+        "attention/patterns/lists.py", "new = ~rest.holds(q, k, scene).expand(q.shape)", "new = torch.ones_like(q, dtype=torch.bool)",
+        "tests/attention/test_patterns_lists.py -k two_parts"),
+    "a step keeps the blocks of other tables": Mutation(
+        "attention/patterns/pattern.py", "((here, above.length),) or self.reads():", "((here, above.length),):",
+        "tests/attention/test_patterns_step.py -k bound_labels"),
     "statistics over masked scores": Mutation(
         "maps/top.py", "count = there.sum(-1, keepdim=True).clamp_min(1)", "count = torch.tensor(x.shape[-1])",
         "tests/maps/test_other_maps.py -k seen_scores"),
@@ -45,10 +57,10 @@ MUTATIONS = {
         "tasks/retrieval_heads.py", "most_LBHT[:, row_A, :, at_A - 1]", "most_LBHT[:, row_A, :, at_A]",
         "tests/test_tasks_attention.py -k looked_up_by_each_head"),
     "a task counts as kept by its mean": Mutation(
-        "jobs/attention_suite_page.py", 'max(point.metrics["loss"].high, point.metrics["loss"].mean)', 'point.metrics["loss"].mean',
+        "jobs/attention_suite_findings.py", 'max(point.metrics["loss"].high, point.metrics["loss"].mean)', 'point.metrics["loss"].mean',
         "tests/test_attention_suite.py -k interval_counts"),
     "least density past a gap": Mutation(
-        "jobs/attention_suite_page.py", "        if not kept:\n            break\n", "        if not kept:\n            continue\n",
+        "jobs/attention_suite_findings.py", "        if not kept:\n            break\n", "        if not kept:\n            continue\n",
         "tests/test_attention_suite.py -k above_which_nothing"),
     "a question asked again has another answer": Mutation(
         "tasks/recall.py", "task.input_ids.gather(1, at_BK)]", "task.input_ids.gather(1, at_BK.flip(1))]",
@@ -56,9 +68,18 @@ MUTATIONS = {
     "no rotation is slowed": Mutation(
         "tasks/recall_long.py", '"factor": longest / CONTEXT', '"factor": 1.0', "tests/test_recall_long.py -k slow_rotations"),
     "a pattern never fits a budget": Mutation(
-        "jobs/attention_suite_page.py", "p.density <= 1.1 * budget", "p.density <= 0.9 * budget", "tests/test_recall_long.py -k pattern_stands"),
+        "jobs/attention_suite_findings.py", "if p.density <= OVER * level and (", "if c.budget <= OVER * level and (",
+        "tests/test_attention_suite.py -k keeps_more"),
+    "what the dense model cannot do counts as kept": Mutation(
+        "jobs/attention_suite_findings.py", "mean >= 2 * MARGIN}", "mean >= 0 * MARGIN}", "tests/test_attention_suite.py -k dense_model_cannot"),
+    "a fit serves another budget": Mutation(
+        "jobs/attention_suite_methods.py", "key = one.name, budget, id(sitting)", "key = one.name, 0.0, id(sitting)",
+        "tests/test_attention_suite.py -k shared_by_the_phases"),
+    "a pattern's work is counted in one layer": Mutation(
+        "jobs/attention_suite_methods.py", 'sites(sitting.model, "layers.*.attn"), made)', '["layers.*.attn"], made)',
+        "tests/test_attention_suite.py -k work_is_counted"),
     "sparser with length is denser": Mutation(
-        "jobs/attention_suite_page.py", "(falls if long < short else rises)", "(rises if long < short else falls)",
+        "jobs/attention_suite_findings.py", "(falls if far < near else rises)", "(rises if far < near else falls)",
         "tests/test_recall_long.py -k least_density"),
     "decoding goes on with the cache that is kept": Mutation(
         "jobs/attention_suite_run.py", "return copy.deepcopy(sitting.prefixes[at])", "return sitting.prefixes[at]",
@@ -163,7 +184,7 @@ MUTATIONS = {
         "neurons/calibrated.py", 'check_finite(x, f"{self.name} calibration rows")', "pass", f"{CONTRACT} -k 'teal and C6'"),
     "the future is visible": Mutation(
         "attention/block.py", "score = score_BHQN.masked_fill(n > own_Q[:, None], -torch.inf)", "score = score_BHQN", f"{CONTRACT} -k 'attention'"),
-    "a linear stays in the model": Mutation("site.py", "            setattr(owner, leaf, old)", "            pass", f"{CONTRACT} -k 'wanda-L8'"),
+    "a linear stays in the model": Mutation("site.py", "            swap.leave()", "            pass", f"{CONTRACT} -k 'wanda-L8'"),
     "hooks stay in the model": Mutation(
         "site.py", "    finally:\n        for handle in handles:\n            handle.remove()\n        for", "    finally:\n        for",
         f"{CONTRACT} -k 'topk-L8'"),
@@ -245,7 +266,7 @@ MUTATIONS = {
     "calibration sees padding": Mutation("observing.py", "x[b : b + 1, :, real_S] for x", "x[b : b + 1] for x",
         "tests/attention/test_dynamic.py -k real_tokens"),
     "attention stays in the model's config": Mutation(
-        "attach.py", "            config._attn_implementation_internal = before[i]", "            pass",
+        "attach.py", "                config._attn_implementation_internal = self.before[i]", "                pass",
         "tests/test_site_attention.py -k exceptions"),
     "a shard's data is not synced": Mutation(
         "store/writer.py", "        self._fs.sync(data_path(self.root, shard))\n", "", "tests/crash/test_store_power.py -k synced"),
@@ -524,6 +545,15 @@ MUTATIONS = {
         "tests/attention/test_trained_blocks.py -k nsa_and"),
     "NSA sees a window before it ends": Mutation(
         "attention/trained/nsa.py", "* self.stride + self.compress - 1", "* self.stride", "tests/attention/test_trained_blocks.py -k nsa_and"),
+    "NSA's gates begin wide": Mutation(
+        "attention/trained/nsa.py", "drawn(draw, E, heads * 3, std=0.02)", "drawn(draw, E, heads * 3, std=E**-0.5)",
+        "tests/attention/test_trained_blocks.py -k gates_begin"),
+    "a layer computed again is computed unfrozen and dense": Mutation(
+        "attention/trained/in_model.py", "return first, _both(second, inside())", "return first, second",
+        "tests/attention/test_trained_in_model.py -k backward_pass"),
+    "centroids move before the step is done": Mutation(
+        "attention/trained/routing.py", "self.move_HCD.copy_(", "self.centroid_HCD.add_(",
+        "tests/attention/test_trained_tokens.py -k follow_their_tokens"),
     "a short block's mean counts its padding": Mutation(
         "attention/trained/moba.py", "count[-1:] = S - (total.shape[2] - 1) * block", "pass",
         "tests/attention/test_trained_blocks.py -k truth_is_the_pooled"),
@@ -563,14 +593,33 @@ MUTATIONS = {
         "kernels/block_attention/pairs.py", "cut_QN = ragged_Q[:, None] | (", "cut_QN = (",
         "tests/attention/test_patterns.py -k mean_what"),
     "labels of padding are not left out": Mutation(
-        "attention/pattern.py", "return table[: len(real_S)][real_S]", "return table[: int(real_S.sum())]",
+        "attention/bound.py", "return table[: len(real_S)][real_S]", "return table[: int(real_S.sum())]",
         "tests/attention/test_patterns_method.py -k padding"),
     "every head has the first shard": Mutation(
         "attention/patterns/words.py", "every(n, head % n)", "every(n, 0)",
         "tests/attention/test_patterns_zoo.py -k s2"),
+    "a step drops what is above all": Mutation(
+        "kernels/cache_steps/cpu.py", "at[j] < first or at[j] > recent", "at[j] < first", "tests/numerics/test_cache_steps.py -k drops_the_least"),
+    "the last channels are left out of a dot product": Mutation(
+        "kernels/block_attention/few.py", "    if D % W:\n        _plain", "    if False:\n        _plain",
+        "tests/numerics/test_cache_steps.py -k drops_the_least"),
+    "a token's own page may be missed": Mutation(
+        "kernels/cache_steps/cpu.py", "bound[r, N - 1] = np.float32(np.inf)", "bound[r, N - 1] += np.float32(0.0)",
+        "tests/numerics/test_cache_steps.py -k highest_bound"),
+    "rebuilt keys turn backwards": Mutation(
+        "kernels/cache_steps/chunks.py", "a * cos_U[i] - b * sin_U[i]", "a * cos_U[i] + b * sin_U[i]",
+        "tests/numerics/test_cache_steps.py -k layers_own"),
+    "window and store change weights": Mutation(
+        "attention/cache/compressed.py", "(lse - far_lse)", "(far_lse - lse)", "tests/attention/test_cache_policies.py -k whole_window"),
+    "a padded row steps like the others": Mutation(
+        "attention/cache/policy.py", "cache.uniform and padding_BS is None", "cache.uniform",
+        "tests/attention/test_cache_laws.py -k 'rows_do_not and window'"),
+    "bounds keep tokens that were cropped": Mutation(
+        "attention/cache/pages.py", "self.bounds.length = min(self.bounds.length, left // page)\n        if left % page:", "if False:",
+        "tests/attention/test_cache_sessions.py -k guessed_wrong"),
     "the slot of a dropped entry gets another's key": Mutation(
         "attention/cache/entries.py", "x.scatter_(2, where, x[:, :, -1:].clone())", "x.scatter_(2, where, x[:, :, :1].clone())",
-        "tests/attention/test_cache_policies.py -k evicting"),
+        "tests/attention/test_cache_policies.py -k random_eviction"),
     "padding takes places among the keys": Mutation(
         "attention/cache/policy.py", "(padding_BS.long().cumsum(1) - 1)", "(torch.ones_like(padding_BS).long().cumsum(1) - 1)",
         "tests/attention/test_cache_laws.py -k rows_do_not"),
@@ -580,6 +629,22 @@ MUTATIONS = {
     "a short last entry of a summary is thought whole": Mutation(
         "attention/cache/base.py", "done = min(self.grown.length, self.seen // self.every)", "done = self.grown.length",
         "tests/attention/test_cache_laws.py -k derives"),
+    "real keys are those that the last query sees": Mutation(
+        "attach.py", "real_BS = open_BTS.any(1)", "real_BS = open_BTS[:, -1]", "tests/test_attach.py -k packed"),
+    "a mask is asked of one head": Mutation(
+        "attach.py", "if mask.shape[1] > 1 and not", "if mask.shape[1] > 9 and not", "tests/test_attach.py -k masks"),
+    "a mask that was written to is not read again": Mutation(
+        "attach.py", "(mask._version, causal, B, T, S)", "(causal, B, T, S)", "tests/test_attach.py -k written_to"),
+    "a plan that ends first takes a later one with it": Mutation(
+        "attach.py", "            if not later:\n", "            if True:\n", "tests/test_attach.py -k any_order"),
+    "every layer of an encoder is the first": Mutation(
+        "attach.py", 'int(name.split(".")[1])', 'getattr(module, "layer_idx", 0) or 0', "tests/attention/test_model_families.py -k told"),
+    "an encoder's padding asks": Mutation(
+        "attention/heads.py", "if causal or T == S else", "if causal else",
+        "tests/attention/test_in_every_model.py -k 'beside_padding and bert-attention/quest'"),
+    "a stream stays behind on the layer that was taken out": Mutation(
+        "site.py", "            hook.move(now)\n", "            pass\n", "tests/test_attach.py -k comes_to_stand"),
+    "a glob goes before a name": Mutation("site.py", "return globs | named", "return named | globs", "tests/test_attach.py -k before_globs"),
     "a static cache passes": Mutation(
         "attach.py", 'getattr(layers[at], "is_compileable", False)', "False", "tests/test_site_attention.py -k static"),
     "an empty slot uses up packed values": Mutation(
@@ -703,4 +768,18 @@ MUTATIONS = {
         "attention/block.py", "k[:, :, : S - T + stop], v[:, :, : S - T + stop]", "k, v", "tests/attention/test_by_query.py -k at_a_time"),
     "zeros of two signs differ": Mutation(
         "kernels/block_attention/loops.py", "np.int32(0) if i == np.int32(-0x80000000) else ", "", "tests/attention/test_by_query.py -k highest"),
+    "code of other types is run": Mutation(
+        "compiled.py", "if found is None or tuple(", "if True or tuple(", "tests/numerics/test_compiled_loops.py -k other_types"),
+    "kept loops forget what they import": Mutation(
+        "compiled.py", "ast.ImportFrom) and node.level:", "ast.ImportFrom) and node.level > 9:", "tests/numerics/test_compiled_loops.py -k constant"),
+    "predicates asked beyond the last key": Mutation(
+        "kernels/block_attention/mask.py", "key.clamp_max(S - 1), head_H", "key, head_H", "tests/numerics/test_fuzz_kernels.py -k table"),
+    "loops read memory under a transform": Mutation(
+        "kernels/native.py", "and not transformed() and all(", "and all(", "tests/numerics/test_fuzz_kernels.py -k transforms"),
+    "no second derivative of tiles": Mutation(
+        "kernels/block_attention/tiles.py", "if torch.is_grad_enabled():      ", "if grad is None:      ",
+        "tests/numerics/test_fuzz_kernels.py -k second"),
+    "the loss's gradient has no graph": Mutation(
+        "maps/entmax.py", "_Loss.apply(x, entmax(x, alpha), target", "_Loss.apply(x, entmax(x, alpha).detach(), target",
+        "tests/maps/test_entmax.py -k second"),
 }

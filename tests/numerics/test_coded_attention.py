@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from rarefy.attention.cache.mustafar import pack_rows
 from rarefy.errors import BadInput
 from rarefy.kernels import coded_attention as coded
 
@@ -39,7 +38,7 @@ def test_bitmaps_give_what_pruned_vectors_do(shape: tuple[int, ...], kept: float
     S, D = shape[-2:]
     C = max(1, round(kept * D))
     dense = [torch.where(x.abs() >= x.abs().sort(-1, descending=True).values[..., C - 1 : C], x, 0.0) for x in (k, v)]
-    (k_bits, k_values), (v_bits, v_values) = pack_rows(k, C), pack_rows(v, C)
+    (k_bits, k_values), (v_bits, v_values) = coded.prune_rows(k, C), coded.prune_rows(v, C)
     if S > 7:                                                     # as a cache holds them: with room behind, which must not be read
         k_values = torch.cat([k_values, torch.full_like(k_values[:, :, :5], torch.nan)], 2)[:, :, :S]
     there = torch.tensor(counts)
@@ -76,11 +75,30 @@ def test_an_empty_store_gives_nothing() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     q, k, v, _ = drawn((1, 4, 2, 9, 16))
-    (k_bits, k_values), (v_bits, v_values) = pack_rows(k, 4), pack_rows(v, 4)
+    (k_bits, k_values), (v_bits, v_values) = coded.prune_rows(k, 4), coded.prune_rows(v, 4)
     with pytest.raises(BadInput, match="counts 10"):
         coded.bitmap_attention(q, k_bits, k_values, v_bits, v_values, torch.tensor([10]), scale=1.0)
     with pytest.raises(BadInput, match="bitmaps must be uint8"):
         coded.bitmap_attention(q, k_bits[..., :1], k_values, v_bits, v_values, torch.tensor([9]), scale=1.0)
-    index, atoms = torch.full((1, 2, 9, 4), 7, dtype=torch.int16), torch.ones(7, 16)
-    with pytest.raises(BadInput, match="an atom that the dictionary has not"):
-        coded.code_attention(q, index, k_values, index, v_values, atoms, atoms, torch.tensor([9]), scale=1.0)
+    atoms = torch.ones(7, 16)
+    for number, wide in ((7, torch.float32), (7, torch.float64), (-1, torch.float64)):                      # compiled, and plain torch
+        given = [x.to(wide) for x in (q, k_values, v_values, atoms)]
+        index = torch.full((1, 2, 9, 4), number, dtype=torch.int16)
+        with pytest.raises(BadInput, match="an atom that the dictionary has not"):
+            coded.code_attention(given[0], index, given[1], index, given[2], given[3], given[3], torch.tensor([9]), scale=1.0)
+        index[:, :, :5] = 3                                            # what lies behind the last row is nobody's
+        assert coded.code_attention(given[0], index, given[1], index, given[2], given[3], given[3], torch.tensor([5]), scale=1.0)[0].isfinite().all()
+
+
+def test_codes_of_many_atoms_and_of_none() -> None:
+    """Numbers above 127 in a byte are no negative ones, and a row without atoms is zero."""
+    q, _, _, counts = drawn((2, 4, 2, 70, 16))
+    r = torch.Generator().manual_seed(2)
+    atoms, weight = torch.randn(2, 250, 16, generator=r), torch.randn(2, 2, 2, 70, 3, generator=r)
+    index = torch.randint(128, 250, (2, 2, 2, 70, 3), generator=r).to(torch.uint8)
+    for atoms_a_row in (3, 0):
+        few_w, few_i = weight[..., :atoms_a_row], index[..., :atoms_a_row]
+        dense = [(w[..., None].double() * a.double()[i.long()]).sum(-2) for w, a, i in zip(few_w, atoms, few_i, strict=True)]
+        got = coded.code_attention(q, few_i[0], few_w[0], few_i[1], few_w[1], atoms[0], atoms[1], torch.tensor(counts), scale=0.2)
+        for one, wanted in zip(got, over(q, dense[0], dense[1], counts, 0.2), strict=True):
+            torch.testing.assert_close(one.double(), wanted, rtol=1e-4, atol=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rarefy import compiled
 from rarefy.errors import BadInput
 from rarefy.kernels import gather_linear as package
 from rarefy.kernels.gather_linear import gather_linear, gather_linear_reference, gathers
@@ -88,6 +89,7 @@ def test_inputs_unchanged():
     assert all(torch.equal(a, b) for a, b in zip(before, (x, keep, weight, bias), strict=True))
 
 
+@pytest.mark.skipif(not compiled.available(), reason="numba is not installed")
 def test_dispatch_rule(monkeypatch):
     assert gathers(1, 10, 100) and not gathers(1, 100, 100) and not gathers(100, 100, 100) and not gathers(0, 0, 100)
     calls = []

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["test_top_k.py", "test_sparse_decode.py", "test_block_attention_compiled.py"])
+@pytest.mark.parametrize("file", ["test_top_k.py", "test_sparse_decode.py", "test_block_attention_compiled.py", "test_fuzz_kernels.py"])
 def test_interpreted_it_passes_the_tests_of_the_cpu_path(file: str) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", str(HERE / file)],

@@ -124,6 +124,29 @@ def test_draws_every_part(report, tmp_path, dump):
 
 
 @pytest.mark.browser
+def test_of_a_crowd_those_on_the_front_stand_out(report, tmp_path, dump):
+    """Twelve methods: m0 is best everywhere, the others are grey, unnamed in the picture, and can be brought out."""
+    unit, methods = report["units"][0], [f"weights/m{i}" for i in range(12)]
+    dense = next(p for p in unit["points"] if p["role"] == "dense")
+    name = unit["y"]["key"]
+    metric = lambda mean: {name: {"mean": mean, "low": mean - 0.001, "high": mean + 0.001}}  # noqa: E731
+    made = [
+        {"method": m, "role": "method", "budget": b, "density": b, "metrics": metric(i + 1 - b), "cost": {}}
+        for i, m in enumerate(methods) for b in (0.2, 0.5)
+    ]
+    for few in (False, True):
+        unit["points"] = [dense, *(p for p in made if not few or p["method"] in methods[:3])]
+        report.update(units=[unit], tables=[{"title": "T", "note": "", "verdict": "m0 wins.", "head": ["a"], "rows": [["b"]]}])
+        dom, console = dump(export(report, tmp_path / f"{few}.html").as_uri())
+        shown = dom.split('<script type="application/json"')[0]
+        names = re.findall(r'<text[^>]*class="label c\d"[^>]*>([^<]*)</text>', shown)
+        back = shown.count('class="point back"')
+        assert console == "" and '<p class="verdict">m0 wins.</p>' in shown
+        assert (sorted(set(names)), back) == ((methods[:3], 0) if few else (["weights/m0"], 22)), names
+        assert ("11 more, in grey" in shown and "Bring out" in shown) != few
+
+
+@pytest.mark.browser
 def test_hostile_text_is_text(tmp_path, dump):
     dom, console = dump(export(hostile_report(), tmp_path / "r.html").as_uri())
     shown = dom.split('<script type="application/json"')[0] + dom.split("</script>")[-1]

@@ -51,8 +51,10 @@ def image(batch: int, seed: int) -> Inputs:
 
 _NSA = Notes(
     arguments={**_SIZES, "hidden": 24, "block": 8, "compress": 8, "stride": 4, "window": 12, "local": 1}, inputs=with_hidden, dense=None,
-    not_dense="three branches are mixed by gates", density=selected_pairs, slack=0.3,
-    bad=(*_TRAINED_BAD, ({"stride": 3}, "stride"), ({"window": 0}, "window"), ({"top": -1}, "top"), ({"hidden": 0}, "hidden")),
+    not_dense="three branches are mixed by gates", density=selected_pairs, slack=0.3, variants=({"phi": "mean"},),
+    bad=(
+        *_TRAINED_BAD, ({"stride": 3}, "stride"), ({"window": 0}, "window"), ({"top": -1}, "top"), ({"hidden": 0}, "hidden"), ({"phi": "max"}, "phi"),
+    ),
 )
 
 TRAINED: dict[str, Notes] = {

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ..cost import Cost
 from ..errors import BadInput
 from ..kernels.block_attention import Allowed, BlockMask, block_attention, block_attention_reference, blocks_of, highest, top_pages
+from ..kernels.block_attention.pairs import visible_pairs
 from ..method import fraction, positive
 from ..selection import Selection, check_finite
 from .counted import Counted
+from .heads import real_places
 
 AT_ONCE = 256
 """Queries that choose at a time where each chooses for itself: their scores are held, not those of all pairs."""
@@ -112,6 +115,9 @@ class BlockAttention(Counted):
         own_Q = (((row_Q + 1) * rows).clamp_max(S) - 1) // self.block
         first_Q = row_Q * rows // self.block
         score = score_BHQN.masked_fill(n > own_Q[:, None], -torch.inf)
+        if rows == 1:                                          # one block a row, without another pass over all of them
+            score[:, :, torch.arange(Q, device=n.device), own_Q] = torch.inf
+            return score, own_Q + 1
         return score.masked_fill((n <= own_Q[:, None]) & (n >= first_Q[:, None]), torch.inf), own_Q + 1
 
     def _chosen(self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor | None, causal: bool) -> Tensor:
@@ -186,19 +192,17 @@ class BlockAttention(Counted):
             finally:
                 self._cache = None
         out = torch.zeros_like(q_BHTD)
-        T, S = q_BHTD.shape[2], k_BGSD.shape[2]
-        for b, real_S in enumerate(padding_BS):
-            keys = real_S.nonzero()[:, 0]
-            queries = real_S[S - T :].nonzero()[:, 0] if causal else torch.arange(T, device=real_S.device)
+        for b, keys, queries in real_places(padding_BS, q_BHTD.shape[2], causal):
             self._row = b
-            if len(keys) and len(queries):
-                got = self._attend(q_BHTD[b : b + 1, :, queries], k_BGSD[b : b + 1, :, keys], v_BGSD[b : b + 1, :, keys], scale, causal)
-                out[b, :, queries] = got[0]
+            got = self._attend(q_BHTD[b : b + 1, :, queries], k_BGSD[b : b + 1, :, keys], v_BGSD[b : b + 1, :, keys], scale, causal)
+            out[b, :, queries] = got[0]
         return out
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
         if not q.numel():
             return torch.zeros_like(q)
+        if self.prefill_only and q.shape[2] == 1 < k.shape[2]:
+            return self._dense_step(q, k, v, scale)
         if self.by_query and causal and self._rows(q.shape[2]) == 1 and AT_ONCE < q.shape[2]:
             return self._attend_in_turn(q, k, v, scale)
         self._shape = (q.shape[1], q.shape[-1], k.shape[2], q.shape[2])
@@ -206,6 +210,15 @@ class BlockAttention(Counted):
         mask = self._chosen(q if abs(unit - 1) < 1e-12 else q * unit, k, v, causal)
         self._count(mask, q.shape[2], k.shape[2], causal)
         return block_attention(q, k, v, mask, block=self.block, query_block=rows, scale=scale, causal=causal, allowed=self.allowed())
+
+    def _dense_step(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """A step of a method for prefill, over everything; ours in half precision, which torch widens number by number on the CPU."""
+        pairs = float(q.shape[0] * q.shape[1] * k.shape[2])
+        self._kept, self._seen, self._shape = self._kept + pairs, self._seen + pairs, (q.shape[1], q.shape[3], k.shape[2], 1)
+        if q.element_size() >= 4:
+            return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
+        every = torch.ones(1, 1, *blocks_of(1, k.shape[2], 64, 1), dtype=torch.bool, device=q.device)
+        return block_attention(q, k, v, every, block=64, query_block=1, scale=scale)
 
     def _attend_in_turn(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """`_attend` of AT_ONCE queries at a time to the keys up to the last of them; keys are described once."""
@@ -229,8 +242,14 @@ class BlockAttention(Counted):
             self._kept += float(mask_BHQN.sum()) * self.block - float(mask_BHQN[..., -1].sum()) * short
             self._seen += float(S * heads)
             return
+        if self.block == self._rows(T) == 1 and mask_BHQN.device.type == "cpu":             # bytes are counted far sooner than multiplied
+            there = mask_BHQN & torch.ones(T, S, dtype=torch.bool).tril_(S - T) if causal else mask_BHQN
+            self._kept += float(np.count_nonzero(there.numpy()))
+            self._seen += float(visible_pairs(T, S, causal) * mask_BHQN.shape[0] * mask_BHQN.shape[1])
+            return
         pairs_QN = BlockMask(mask_BHQN, None, None, self.block, self._rows(T)).visible(T, S, causal)
-        self._kept += float((mask_BHQN * pairs_QN).sum())
+        # Of a row, small enough to be exact in float32, which takes a fifth of the time that float64 does.
+        self._kept += float((mask_BHQN.float() * pairs_QN.float()).sum(-1).sum(dtype=torch.float64))
         self._seen += float(pairs_QN.sum()) * mask_BHQN.shape[0] * mask_BHQN.shape[1]
 
     def forward(self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
@@ -255,7 +274,9 @@ class BlockAttention(Counted):
         """Per query at the context of the last call, all heads, choosing included; bytes are keys and values in float32."""
         H, D, S = self.dims()
         density = self._budget if density is None else density
-        return Cost(4 * H * D * S * density + self.selection_flops(H, D, S), 8 * H * D * S * density)
+        dense_step = self.prefill_only and self._shape is not None and self._shape[3] == 1 < self._shape[2]     # nothing is chosen there
+        choosing = 0.0 if dense_step else self.selection_flops(H, D, S)
+        return Cost(4 * H * D * S * density + choosing, 8 * H * D * S * density)
 
 
 

@@ -6,22 +6,19 @@ Shape letters as in block.py.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import BadInput
-from ..kernels.block_attention import BlockMask, block_attention, token_attention
-from .block import BlockAttention
-from .patterns import parse
-from .patterns.count import kept_keys, kept_pairs, visible_pairs
+from ..kernels.block_attention import BlockMask, block_attention, blocks_of, merge, token_attention
+from .bound import Bound
+from .patterns.compile import newest
+from .patterns.count import kept_pairs, visible_pairs
+from .patterns.lists import apart
 
 
-class PatternAttention(BlockAttention):
+class PatternAttention(Bound):
     """softmax attention over the pairs of a pattern; a query without any gives zeros.
 
     The choice is exact to the pair whatever the blocks are; `block` and `query_block` say what the kernel works on at a
@@ -41,42 +38,17 @@ class PatternAttention(BlockAttention):
 
     name = "attention/pattern"
     unit = "key"
+    wants = ("cache",)
 
     def __init__(self, pattern: str = "window(256) | sinks(4)", block: int = 64, query_block: int = 64) -> None:
-        super().__init__(1.0, block, query_block)
-        self.pattern = parse(pattern)
-        self._needs = {need.name: need for need in self.pattern.reads()}
-        self._tables: dict[str, Tensor] = {}
-        self._masks: dict[tuple[Any, ...], BlockMask] = {}
-        self._used: tuple[BlockMask, BlockMask, int, Tensor | None] | None = None
-        self._padding_BS: Tensor | None = None
-        self._density = 1.0
+        super().__init__(pattern, block, query_block)
+        self._used: tuple[BlockMask, BlockMask, float] | None = None
+        self._density, self._seen_finite = 1.0, False
 
     @property
     def budget(self) -> float:
         """1: all that the pattern allows is kept. What that is of all pairs, `measured_density` counts."""
         return 1.0
-
-    @contextmanager
-    def bind(self, **tables: Tensor) -> Iterator[None]:
-        """Metadata for the sequences served within: labels [S] or [B, S], longer than S where decoding follows; lists as their words say.
-
-        With padding, labels stand where their tokens stand in the padded batch.
-
-        Raises:
-            BadInput: a name that the pattern does not read.
-        """
-        for name in tables:
-            if name not in self._needs:
-                near = difflib.get_close_matches(name, self._needs, n=1, cutoff=0.0)
-                raise BadInput(f"{self.pattern} does not read {name!r}; it reads {', '.join(sorted(self._needs)) or 'nothing'}"
-                               + (f"; did you mean {near[0]}?" if near else ""))
-        before, self._tables = self._tables, {**self._tables, **tables}
-        self._masks = {}
-        try:
-            yield
-        finally:
-            self._tables, self._masks = before, {}
 
     def attend(self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, padding_BS: Tensor | None = None, **how: Any) -> Tensor:
         """As BlockAttention.attend."""
@@ -86,34 +58,16 @@ class PatternAttention(BlockAttention):
         finally:
             self._padding_BS, self._row = None, -1
 
+    def _refuse_all(self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, layer: int, cache: Any) -> None:
+        """As BlockAttention's; without a cache that keeps sums, a step looks at the newest key and value here and at others where it reads them."""
+        self._seen_finite = q_BHTD.shape[2] > 1 or hasattr(cache, "summary")
+        new = slice(None if self._seen_finite else -1, None)
+        super()._refuse_all(q_BHTD, k_BGSD[:, :, new], v_BGSD[:, :, new], layer, cache if self._seen_finite else None)
+
     def block_mask(self, T: int, S: int, heads: int, causal: bool) -> BlockMask:
         """The pattern in this layer, for T queries at the end of S keys."""
-        layer = self._layer if self.pattern.by_layer else 0
-        if not self._tables:
-            return self._cut(T, S, heads, causal, layer, {})
-        key = (T, S, heads, causal, layer, self._row)
-        if key not in self._masks:
-            if len(self._masks) >= 64:                      # decoding asks at a new length each step
-                self._masks.pop(next(iter(self._masks)))
-            self._masks[key] = self._cut(T, S, heads, causal, layer, {name: self._real(name, table) for name, table in self._tables.items()})
-        return self._masks[key]
-
-    def _cut(self, T: int, S: int, heads: int, causal: bool, layer: int, tables: dict[str, Tensor]) -> BlockMask:
-        return self.pattern.block_mask(
-            T, S, block=self.block, query_block=self._rows(T), causal=causal, heads=heads, layer=layer, tables=tables)
-
-    def _real(self, name: str, table: Tensor) -> Tensor:
-        """The table of one padded sequence, padding left out; of a batch without padding, the table itself."""
-        need = self._needs[name]
-        if self._row < 0:
-            return table
-        table = table[self._row] if table.ndim == need.ndim + 1 else table
-        if not need.by_position or self._padding_BS is None:
-            return table
-        real_S = self._padding_BS[self._row].to(table.device)
-        if len(table) < len(real_S):
-            raise BadInput(f"{name!r} has {len(table)} entries for {len(real_S)} padded positions")
-        return table[: len(real_S)][real_S]
+        sizes = {"block": self.block, "query_block": self._rows(T), "causal": causal}
+        return self._laid((T, S, heads, causal), lambda **where: self.pattern.block_mask(T, S, **sizes, heads=heads, **where))
 
     def choose(self, q_BHTD: Tensor, k_BGSD: Tensor, causal: bool) -> Tensor:
         """[B, H, Q, N] bool: blocks with a pair of the pattern, whatever queries and keys say."""
@@ -125,21 +79,43 @@ class PatternAttention(BlockAttention):
             return torch.zeros_like(q)
         T, S = q.shape[2], k.shape[2]
         self._shape = (q.shape[1], q.shape[-1], S, T)
-        mask = self.block_mask(T, S, q.shape[1], causal)
+        if T == 1:
+            return self._step(q, k, v, scale)
+        sizes = {"block": self.block, "query_block": self._rows(T), "causal": causal}
+        parts = self._laid(("apart", T, S, q.shape[1], causal), lambda **where: apart(self.pattern, T, S, **sizes, heads=q.shape[1], **where))
+        mask, index = parts or (self.block_mask(T, S, q.shape[1], causal), None)
         if self._used is None or self._used[0] is not mask or self._used[1].blocks.device != q.device:
             partial, tiles = (None if x is None else x.to(q.device) for x in (mask.partial, mask.tiles))
             here = BlockMask(mask.blocks.to(q.device), partial, tiles, mask.block, mask.query_block)
-            # One query reads the keys of blocks kept in part, not the blocks.
-            index = kept_keys(here.pairs(1, S, causal)) if T == 1 and partial is not None else None
-            self._used = mask, here, kept_pairs(mask, T, S, causal) if index is None else int((index >= 0).sum()), index
-        _, here, kept, index = self._used
-        rows = here.blocks.shape[0] * here.blocks.shape[1]
-        self._density = kept / (rows * visible_pairs(T, S, causal))
-        self._kept += kept / rows * q.shape[0] * q.shape[1]
+            listed = 0.0 if index is None else int((index >= 0).sum()) / (index.shape[0] * index.shape[1])
+            self._used = mask, here, kept_pairs(mask, T, S, causal) / (here.blocks.shape[0] * here.blocks.shape[1]) + listed
+        _, here, kept = self._used
+        self._density = kept / visible_pairs(T, S, causal)
+        self._kept += kept * q.shape[0] * q.shape[1]
         self._seen += float(visible_pairs(T, S, causal) * q.shape[0] * q.shape[1])
-        if index is not None:
-            return token_attention(q, k, v, index.expand(*q.shape[:2], -1, -1), scale=scale)
-        return block_attention(q, k, v, here, block=self.block, query_block=self._rows(T), scale=scale, causal=causal)
+        how = {"block": self.block, "query_block": self._rows(T), "scale": scale, "causal": causal}
+        if index is None:
+            return block_attention(q, k, v, here, **how)
+        return merge(*zip(block_attention(q, k, v, here, **how, return_lse=True),
+                          token_attention(q, k, v, index.to(q.device), scale=scale, return_lse=True), strict=True))[0]
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """One query reads the keys that it attends to and no others; no mask is made."""
+        (B, H), S = q.shape[:2], k.shape[2]
+        index = self._laid(("step", S, H), lambda **where: newest(self.pattern, S, heads=H, **where)).to(q.device)
+        kept = int((index >= 0).sum()) / (index.shape[0] * index.shape[1])
+        self._density = kept / S
+        self._kept += kept * B * H
+        self._seen += float(S * B * H)
+        if not self._seen_finite and (2 * kept > S or not self._finite(k, index)):
+            self._refuse(k, "keys", f" in layer {self._layer}")
+        if kept == S:
+            every = torch.ones(1, 1, 1, blocks_of(1, S, self.block, 1)[1], dtype=torch.bool, device=q.device)
+            out = block_attention(q, k, v, every, block=self.block, query_block=1, scale=scale)
+        else:
+            out = token_attention(q, k, v, index, scale=scale)
+        self._refuse_values(out, v, self._layer)
+        return out
 
     def reference(self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
         """softmax over the pattern's pairs of a full score matrix, head by head."""

@@ -40,7 +40,7 @@ class Quest(BlockAttention):
         meta_BGNE = self.summary(k_BGSD)
         if q_BHTD.shape[2] == 1 and available(q_BHTD, meta_BGNE):
             return page_scores(q_BHTD, k_BGSD, self.block, meta_BGNE)
-        if rows > 1:
+        if q_BHTD.shape[2] > 1:
             return self._strips(q_BHTD, meta_BGNE, k_BGSD.shape[2], rows, causal)
         high, low = meta_BGNE.chunk(2, -1)
         return bounds(q_BHTD, low, high)

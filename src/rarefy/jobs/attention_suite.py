@@ -13,18 +13,29 @@ from typing import Any
 
 from ..builtin.corpus import Batch
 from ..builtin.model import RECALL_LENGTHS, recall_model
-from ..catalogue import FAMILY_OF_UNIT, Entry, card
+from ..catalogue import FAMILY_OF_UNIT, Entry
 from ..errors import BadInput, RarefyError
 from ..families import config_of
 from ..frontier import Point
 from ..method import positive
 from ..store.lines import append_line, read_lines
 from ..tasks.averaging import Averaging
-from .attention_suite_methods import check_settings_of, check_usable, has_budget, prepare
-from .attention_suite_page import kept_lines, statements, suite_page, winners
+from .attention_suite_findings import kept_lines, merit, middle, statements, telling, untelling, winners
+from .attention_suite_methods import Candidates, card_of, check_settings_of, check_usable, has_budget
+from .attention_suite_page import suite_page
 from .attention_suite_picture import pictures
 from .attention_suite_run import PHASES, Reference, sit, sit_averaging
-from .attention_suite_tasks import RECALL, TASKS, Sitting, averaging_instance, check_tasks, induction_sitting, recall_sitting, text_sitting
+from .attention_suite_tasks import (
+    LEAST_LENGTH,
+    RECALL,
+    TASKS,
+    Sitting,
+    averaging_instance,
+    check_tasks,
+    induction_sitting,
+    recall_sitting,
+    text_sitting,
+)
 from .build import check_budget
 from .folder import refuse_early, run_folder
 from .models import Opened, check_context, digest, opened, read_documents, read_text
@@ -58,12 +69,15 @@ class AttentionRequest(Request):
         """Cards of the methods. Raises BadInput for whatever can be seen to be wrong without a model or data."""
         if not self.methods:
             raise BadInput("no method named; `rarefy methods` lists them")
-        if twice := [name for i, name in enumerate(self.methods) if name in self.methods[:i]]:
-            raise BadInput(f"{twice[0]} is named twice; name each method once")
-        cards = [card(name) for name in self.methods]
+        cards = [card_of(name) for name in self.methods]
         for one in cards:
             check_usable(one)
         check_settings_of(cards, self.settings)
+        if not self.phases:
+            raise BadInput(f"no phase named; there are {', '.join(PHASES)}")
+        for named in (self.methods, self.budgets, self.tasks, self.phases, self.lengths):
+            if twice := [one for i, one in enumerate(named) if one in named[:i]]:
+                raise BadInput(f"{twice[0]} is named twice; name each method, budget, task, phase and length once")
         if not self.budgets:
             raise BadInput("no budget named; give fractions of keys kept, such as 0.1,0.3")
         for budget in self.budgets:
@@ -72,9 +86,13 @@ class AttentionRequest(Request):
             if phase not in PHASES:
                 raise BadInput(f"no phase {phase!r}; there are {', '.join(PHASES)}")
         check_tasks(self.tasks, self.lengths)
-        positive("sequences", self.sequences)
+        if positive("sequences", self.sequences) < 2:
+            raise BadInput("sequences=1 gives no interval, by which alone a task counts as kept; take 2 or more")
         check_context(max(self.lengths), tokens=self.tokens)
-        return {one.name: one for one in cards}
+        found = {one.name: one for one in cards}
+        if not any(True for _ in _cells(self, found)):
+            raise BadInput(f"{cards[0].name} is a cache's policy, at work in a model's decoding alone: name phase decode and a task but averaging")
+        return found
 
 
 @dataclass(frozen=True)
@@ -105,17 +123,19 @@ class AttentionResult:
         """Plain JSON."""
         points = [{"phase": c.phase, "task": c.task, "length": c.length, **p.as_json()} for c, p in self.lines.items()]
         return {
-            "schema": 1, "verdict": self.verdict, "points": points, "left_out": self.left_out, "kept": kept_lines(self.lines),
-            "best": winners(self.lines),
+            "schema": 1, "verdict": self.verdict, "points": points, "left_out": self.left_out, "kept": kept_lines(telling(self.lines)),
+            "best": winners(telling(self.lines)),
         }
 
     def show(self, out: Path) -> None:
         """Print the tables."""
-        screen = Screen()
-        rows = [[*map(str, row)] for row in winners(self.lines)]
-        screen.table("best method by task, length and budget", ["task", "phase", "length", "budget", "method", "score"], rows)
-        head = ["method", "phase", "all tasks from", "worst task", "its loss", "mean loss"]
-        screen.table("least density that loses under 5 points of each task", head, kept_lines(self.lines))
+        screen, lines = Screen(), telling(self.lines)
+        if lines:
+            head = ["task", "phase", "length", "budget", "method", "score"]
+            screen.table("best method by task and length, with at most that share of the keys", head, winners(lines))
+            head = ["method", "phase", "all tasks from", "worst task", "its loss", "mean loss", "density"]
+            title = f"least density that loses under 5 points of each task, and the worst task with {middle(lines):.0%} of the keys"
+            screen.table(title, head, kept_lines(lines))
         for name, why in self.left_out.items():
             screen.say(f"left out: {name} ({why})")
         screen.say(self.verdict)
@@ -176,19 +196,20 @@ def attention_suite(request: AttentionRequest, *, screen: Screen) -> AttentionRe
     model = opened(request.model, screen, causal=True)
     sittings = Sittings(request, model, docs)
     too_long = _too_long(request, sittings.longest, model.info.name)
-    context = min(*request.lengths, sittings.longest)
+    context = min(LEAST_LENGTH, sittings.longest)              # of no length asked for, so that shorter ones may be added to a run
     text = read_text(docs, model, context=context, fit_tokens=context, judge_tokens=request.tokens)
     made = {"command": COMMAND, "request": request.record(), "model": model.card(), "text": digest(text.judge)}
     with run_folder(request.out, made, MAY_GROW):
         path = request.out / RESULTS
         lines = _read(path)
-        left_out = dict(too_long)
+        left_out = too_long | _no_place(request, cards)
+        candidates = Candidates(request.settings)
         todo = [cell for cell in _cells(request, cards) if cell not in lines and f"{cell.task} at {cell.length}" not in too_long]
         with screen.stage(f"measure {len(cards)} methods at {len(request.budgets)} budgets") as update:
             for at, cell in enumerate(todo):
                 update(f"{at + 1} of {len(todo)}: {cell.method} {cell.budget:g}, {cell.phase} of {cell.task} at {cell.length}")
                 try:
-                    point = _measure(cards[cell.method], cell, sittings, request)
+                    point = _measure(cards[cell.method], cell, sittings, candidates)
                 except RarefyError as error:                # a model or task that this method cannot serve: said, and the others go on
                     left_out[f"{cell.method}, {cell.phase} of {cell.task} at {cell.length}"] = str(error)
                     continue
@@ -196,9 +217,9 @@ def attention_suite(request: AttentionRequest, *, screen: Screen) -> AttentionRe
                 append_line(path, {"phase": cell.phase, "task": cell.task, "length": cell.length, **point.as_json()})
         if not lines:
             raise BadInput(f"nothing could be measured: {next(iter(left_out.values()), 'no cell')}")
-        verdict = statements(lines)
+        verdict, left_out = statements(telling(lines)), left_out | untelling(lines)
         with screen.stage("draw what heads keep"):
-            grids = pictures(cards, request, sittings)
+            grids = pictures({name: cards[name] for name in merit(lines) if name in cards}, request, sittings)
         write_report(request.out, suite_page(lines, verdict, left_out, grids, request, model, text, screen))
         return AttentionResult(lines, verdict, left_out)
 
@@ -209,6 +230,16 @@ def _too_long(request: AttentionRequest, longest: int, name: str) -> dict[str, s
     if own and min(request.lengths) > longest:
         raise BadInput(f"length={min(request.lengths)} is more than the {longest} tokens that {name} was built for; leave it or {own[0]} out")
     return {f"{task} at {n}": f"{name} was built for {longest} tokens" for task in own for n in request.lengths if n > longest}
+
+
+def _no_place(request: AttentionRequest, cards: dict[str, Entry]) -> dict[str, str]:
+    """Parts of the run that policies have no place in."""
+    out = {}
+    for one in cards.values():
+        if one.kind == "cache":
+            out |= {f"{one.name}, prefill": "a cache's policy is at work in decoding alone"} if "prefill" in request.phases else {}
+            out |= {f"{one.name}, averaging": "it lives in a model's cache, and averaging has no model"} if "averaging" in request.tasks else {}
+    return out
 
 
 def _cells(request: AttentionRequest, cards: dict[str, Entry]) -> Iterator[Cell]:
@@ -222,13 +253,13 @@ def _cells(request: AttentionRequest, cards: dict[str, Entry]) -> Iterator[Cell]
                             yield Cell(name, round(budget, 6), phase, task, length)
 
 
-def _measure(one: Entry, cell: Cell, sittings: Sittings, request: AttentionRequest) -> Point:
+def _measure(one: Entry, cell: Cell, sittings: Sittings, candidates: Candidates) -> Point:
     asked = sittings.of(cell.task, cell.length)
     if isinstance(asked, Averaging):
-        method = prepare(one, cell.budget, request.settings, None, asked)
+        method = candidates.of(one, cell.budget, averaging=asked)
         metrics, kept, cost = sit_averaging(asked, cell.phase, method.methods[0])
     else:
-        candidate = prepare(one, cell.budget, request.settings, asked.sitting, None)
+        candidate = candidates.of(one, cell.budget, sitting=asked.sitting)
         metrics, kept, cost = sit(asked, cell.phase, candidate)
     return Point(cell.method, one.unit if FAMILY_OF_UNIT.get(one.unit) == "attention" else "key", role_of(one), cell.budget, kept, metrics, cost)
 

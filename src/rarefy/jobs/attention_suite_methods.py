@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,16 +10,27 @@ from typing import Any
 import torch
 
 from ..builtin.corpus import Batch
-from ..catalogue import FAMILY_OF_UNIT, Entry
+from ..catalogue import FAMILY_OF_UNIT, Entry, card
 from ..errors import BadInput, Unsupported
 from ..fit import calibrate
+from ..site import sites
 from ..tasks.averaging import Averaging
 from .attention_suite_run import Candidate
 from .attention_suite_tasks import Sitting
 from .build import check_settings, make_plan, refuse_untrained, settings_for
 
-CALIBRATION = 4
-"""Sequences of the sitting that a calibrated method is shown, as a user would calibrate on the text that is to be read."""
+CALIBRATION, CALIBRATION_TOKENS = 4, 8192
+"""Sequences of the sitting that a calibrated method is shown, as a user would calibrate on the text that is to be read, and most tokens of them."""
+
+
+def card_of(name: str) -> Entry:
+    """The card of a name, or one made for a pattern written as an expression. Raises BadInput for an unknown name or an expression that is none."""
+    if "(" not in name:
+        return card(name)
+    from ..attention.patterns import parse
+
+    parse(name)
+    return Entry(name, "attention.patterns:parse", "key", "an expression of one's own", 0, "none", "softmax attention", kind="pattern", note=name)
 
 
 def check_usable(one: Entry) -> None:
@@ -44,9 +56,30 @@ def check_settings_of(cards: Sequence[Entry], settings: Mapping[str, Any]) -> No
         check_settings(methods, settings)
 
 
-def _calibrated(model: Any, plan: dict[str, Any], sitting: Sitting) -> dict[str, Any]:
-    calibrate(model, plan, [Batch(sitting.ids_BT[:CALIBRATION], sitting.doc_BT[:CALIBRATION], torch.zeros(0))], sequential=False)
-    return plan
+def calibration(sitting: Sitting) -> list[Batch]:
+    """The sitting's first sequences, as many at once as are sat."""
+    count = min(len(sitting.ids_BT), CALIBRATION, max(1, CALIBRATION_TOKENS // sitting.length))
+    ends = [(at, min(at + sitting.at_once, count)) for at in range(0, count, sitting.at_once)]
+    return [Batch(sitting.ids_BT[a:b], sitting.doc_BT[a:b], torch.zeros(0)) for a, b in ends]
+
+
+class Candidates:
+    """Candidates for the cells of one run. A fit is kept until another is asked for: the phases of a budget, which follow one another, share it."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.settings = settings
+        self._key: tuple[str, float, int] | None = None
+        self._plan: dict[str, Any] = {}
+
+    def of(self, one: Entry, budget: float, *, sitting: Sitting | None = None, averaging: Averaging | None = None) -> Candidate:
+        """As `prepare`."""
+        if sitting is None or one.fitted != "calibrated" or one.kind != "method":
+            return prepare(one, budget, self.settings, sitting, averaging)
+        key = one.name, budget, id(sitting)
+        if key != self._key:
+            self._key, self._plan = None, {}
+            self._plan, self._key = dict(prepare(one, budget, self.settings, sitting, averaging).plan), key
+        return Candidate(copy.deepcopy(self._plan))             # what a method remembers of one sitting stays out of the next
 
 
 def prepare(one: Entry, budget: float, settings: Mapping[str, Any], sitting: Sitting | None, averaging: Averaging | None) -> Candidate:
@@ -60,7 +93,8 @@ def prepare(one: Entry, budget: float, settings: Mapping[str, Any], sitting: Sit
     if one.kind == "pattern":
         from ..attention.pattern import PatternAttention
 
-        return Candidate({"averaging" if sitting is None else "layers.*.attn": PatternAttention(one.note.partition(";")[0]).eval()})
+        made = PatternAttention(one.note.partition(";")[0]).eval()
+        return Candidate(dict.fromkeys(["averaging"] if sitting is None else sites(sitting.model, "layers.*.attn"), made))
     own = settings_for(one, settings) | ({"budget": budget} if has_budget(one) else {})
     if sitting is None:
         method: Any = one.load()(**own).eval()
@@ -71,7 +105,9 @@ def prepare(one: Entry, budget: float, settings: Mapping[str, Any], sitting: Sit
             method.finish()
         return Candidate({"averaging": method})
     plan = make_plan(sitting.model, one, "", budget, settings_for(one, settings))
-    return Candidate(_calibrated(sitting.model, plan, sitting) if one.fitted == "calibrated" else plan)
+    if one.fitted == "calibrated":
+        calibrate(sitting.model, plan, calibration(sitting), sequential=False)
+    return Candidate(plan)
 
 
 def _policy(one: Entry, budget: float, sitting: Sitting | None) -> Candidate:
@@ -79,12 +115,7 @@ def _policy(one: Entry, budget: float, sitting: Sitting | None) -> Candidate:
 
     if sitting is None:
         raise Unsupported(f"{one.name} lives in a model's cache, and averaging has no model")
-    model, ids_BT = sitting.model, sitting.ids_BT[:CALIBRATION]
-
-    def made() -> Any:
-        cache = make(one.name, budget=budget)
-        if fit := getattr(cache, "fit", None):             # dictionaries and spans that are fitted offline
-            fit(model, ids_BT)
-        return cache
-
-    return Candidate(cache=made, serve=lambda model, cache: cache.on(model))
+    empty = make(one.name, budget=budget)
+    if fit := getattr(empty, "fit", None):                     # dictionaries and spans that are fitted offline, once
+        fit(sitting.model, torch.cat([batch.input_ids for batch in calibration(sitting)]))
+    return Candidate(cache=lambda: copy.deepcopy(empty), serve=lambda model, cache: cache.on(model))

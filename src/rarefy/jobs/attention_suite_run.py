@@ -30,7 +30,8 @@ from .attention_suite_tasks import Sitting
 PHASES = ("prefill", "decode")
 RUNS = 1
 """Timed passes each of the method and of the dense model, in turn, after the pass that was judged; the fastest counts."""
-
+TIMED = 16
+"""Most tokens of a timed decoding; what more are judged count as slow as these."""
 
 PREFIX_BYTES = 256 << 20
 """Most bytes of dense caches kept with a sitting; batches beyond read their tokens anew for each candidate."""
@@ -68,8 +69,14 @@ def _read(sitting: Sitting, ids_BT: Tensor, at: int, candidate: Candidate, cache
 
 
 @torch.no_grad()
-def _logits(sitting: Sitting, ids_BT: Tensor, phase: str, candidate: Candidate, at: int) -> tuple[Tensor, int, float, Any]:
-    """(logits of the tokens from `first` on, `first`, seconds of the part judged, the cache) of the batch whose first sequence is `at`."""
+def _logits(
+    sitting: Sitting, ids_BT: Tensor, phase: str, candidate: Candidate, at: int, most: int | None = None,
+) -> tuple[Tensor, int, float, Any]:
+    """(logits of the tokens from `first` on, `first`, seconds of the part judged, the cache) of the batch whose first sequence is `at`.
+
+    Args:
+        most: tokens decoded, if not all.
+    """
     model, start = sitting.model, sitting.start
     if phase == "prefill":
         began = time.perf_counter()
@@ -85,7 +92,7 @@ def _logits(sitting: Sitting, ids_BT: Tensor, phase: str, candidate: Candidate, 
                 method.measured_density()
         rows, began = [], time.perf_counter()
         with replaced(model, dict(candidate.plan)):
-            for t in range(start, ids_BT.shape[1]):
+            for t in range(start, ids_BT.shape[1])[:most]:
                 rows.append(model(input_ids=ids_BT[:, t : t + 1], past_key_values=cache, use_cache=True).logits)
     return torch.cat(rows, 1), start, time.perf_counter() - began, cache
 
@@ -130,6 +137,11 @@ def _exp(ce: Interval) -> Interval:
     return Interval(math.exp(-ce.mean), math.exp(-ce.high), math.exp(-ce.low))
 
 
+def _share(one: Interval) -> Interval:
+    """A share's interval, cut to where shares are: the normal one of few sequences reaches beyond."""
+    return Interval(one.mean, max(0.0, one.low), min(1.0, one.high))
+
+
 def _turned(one: Interval) -> Interval:
     return Interval(1 - one.mean, 1 - one.high, 1 - one.low)
 
@@ -150,12 +162,12 @@ def metrics(sitting: Sitting, phase: str, log_AV: Tensor, dense_AV: Tensor) -> d
         score = _exp(out["ce_increase"])
         out |= {"score": score, "loss": _turned(score), "dense_score": Interval(1.0, 1.0, 1.0)}
     else:
-        out |= {"score": _mean(hit_A, doc_A), "loss": _mean(dense_hit_A - hit_A, doc_A), "dense_score": _mean(dense_hit_A, doc_A)}
+        out |= {"score": _share(_mean(hit_A, doc_A)), "loss": _mean(dense_hit_A - hit_A, doc_A), "dense_score": _share(_mean(dense_hit_A, doc_A))}
     for name, group in sitting.by.items():
         here = group[mark]
         if here.any():
             part = _mean((more_A if sitting.is_text else hit_A)[here], doc_A[here])
-            out[f"score, {name}"] = _exp(part) if sitting.is_text else part
+            out[f"score, {name}"] = _exp(part) if sitting.is_text else _share(part)
     return out
 
 
@@ -186,14 +198,15 @@ def costs(candidate: Candidate, kept: float) -> dict[str, float]:
 
 def timed_pair(sitting: Sitting, phase: str, candidate: Candidate) -> dict[str, float]:
     """ms of the whole model a sequence, and of dense in turn with it; the first batch, selection included; peak memory on a GPU."""
-    ids = sitting.ids_BT[: sitting.at_once]
+    ids, tokens = sitting.ids_BT[: sitting.at_once], sitting.ids_BT.shape[1] - sitting.start
+    share = max(1.0, tokens / TIMED) if phase == "decode" else 1.0
     best = [math.inf, math.inf]
     peak: dict[str, float] = {}
     for _ in range(RUNS):
         for i, one in enumerate((candidate, DENSE)):
             if ids.is_cuda:
                 torch.cuda.reset_peak_memory_stats()
-            best[i] = min(best[i], _logits(sitting, ids, phase, one, 0)[2] * 1e3 / len(ids))
+            best[i] = min(best[i], _logits(sitting, ids, phase, one, 0, TIMED)[2] * share * 1e3 / len(ids))
             if ids.is_cuda:
                 peak[("peak_bytes", "dense_peak_bytes")[i]] = float(torch.cuda.max_memory_allocated())
     return {"ms": best[0], "dense_ms": best[1], **peak}

@@ -25,6 +25,8 @@ from ..tasks.turns import turns
 from ..tasks.variables import variables
 
 SEED = 20_011
+LEAST_LENGTH = 96
+"""Tokens that every task needs to hold its pairs."""
 DECODED = 64
 """Most tokens of a sequence that are decoded one at a time."""
 AT_ONCE = 4096
@@ -129,6 +131,8 @@ def text_sitting(batches: Sequence[Batch], model: Any) -> Sitting:
     by |= {f"{low}+ back" if high == 1 << 40 else f"{low}-{high - 1} back": inside & (away >= low) & (away < high)
            for low, high in zip(EDGES, ends, strict=True)}
     T = ids.shape[1]
+    if not (doc != doc[0, 0]).any():                           # one document has no interval over documents; its windows stand in for them
+        doc = torch.arange(len(doc))[:, None].expand_as(doc)
     return Sitting("text", T, model, ids, inside, doc, max(1, T - DECODED), {k: v for k, v in by.items() if v.any()}, at_once=2)
 
 
@@ -145,8 +149,8 @@ def check_tasks(tasks: Sequence[str], lengths: Sequence[int]) -> None:
     if not tasks or not lengths:
         raise BadInput("no task or no length named")
     for length in lengths:
-        if length < 96:
-            raise BadInput(f"length={length} is below 96 tokens, which the tasks need to hold their pairs")
+        if length < LEAST_LENGTH:
+            raise BadInput(f"length={length} is below {LEAST_LENGTH} tokens, which the tasks need to hold their pairs")
         if length > RECALL_LENGTHS[-1] and (own := [task for task in tasks if task in RECALL]):
             raise BadInput(f"length={length} is more than the {RECALL_LENGTHS[-1]} tokens of the recall models; leave it or {own[0]} out")
 

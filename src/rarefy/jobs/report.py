@@ -157,7 +157,8 @@ def show(run: Path, *, port: int, host: str, token: str, export: Path | None, sa
         say: told what came of it, "page" or "url", and where.
     """
     if not run.is_dir():
-        raise BadInput(f"{run}: no such folder; `rarefy demo` makes runs/demo")
+        way = f"a pattern is drawn by `rarefy draw '{run}'`" if "(" in str(run) else "`rarefy demo` makes runs/demo"
+        raise BadInput(f"{run}: no such folder; {way}")
     if not (run / NAME).exists() and (run / MANIFEST).exists():
         command = read_run(run)["made"].get("command")
         way = f"`rarefy judge {run}` makes one" if command == "fit" else f"run its `rarefy {command}` to the end"

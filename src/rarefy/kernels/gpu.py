@@ -10,6 +10,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
+from .native import transformed
+
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -22,6 +24,6 @@ def serves(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> bool:
     """Whether Triton can work on these: plain tensors on one CUDA device, all of one dtype of `dtypes`, and triton there."""
     first = tensors[0]
     here = first.device.type == "cuda" or (first.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
-    return here and first.dtype in dtypes and not torch.compiler.is_compiling() and _triton() and all(
+    return here and first.dtype in dtypes and not torch.compiler.is_compiling() and not transformed() and _triton() and all(
         type(t) in (Tensor, nn.Parameter) and t.device == first.device and t.dtype == first.dtype and t.layout == torch.strided for t in tensors
     )

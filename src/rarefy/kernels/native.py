@@ -10,25 +10,27 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..compiled import available
 
-@cache
-def _numba() -> bool:
-    return find_spec("numba") is not None
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode derivatives are at work: what a tensor then carries along, its memory does not hold."""
+    functions: Any = torch._C
+    return functions._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def serves(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)) -> bool:
     """Whether compiled loops can work on these: plain tensors on the CPU, all of one dtype of `dtypes`, and numba there."""
     first = tensors[0].dtype
-    return first in dtypes and not torch.compiler.is_compiling() and _numba() and all(
+    return first in dtypes and not torch.compiler.is_compiling() and not transformed() and all(
         type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.dtype == first and t.layout == torch.strided for t in tensors
-    )
+    ) and available()
 
 
 def array(tensor: Tensor) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Maps from a row of scores to weights, many of which are exactly zero. Pure functions along any dim, with exact gradients.
 
 Scores may be -inf (never any weight); a row of nothing else gives zeros. NaN and +inf are refused. float16 and bfloat16 are
-worked in float32 and returned in their own dtype.
+worked in float32 and returned in their own dtype. Gradients can be differentiated again.
 """
 
 from .entmax import entmax, entmax15, entmax_loss, sparsemax, sparsemax_loss

@@ -13,7 +13,7 @@ from .entmax import entmax
 
 
 class CrossFeatures(nn.Module):
-    """exp(sum_f w_f e_f) with w_f = g_f * v_f: which fields g (entmax of a bilinear score, anew for each row), to which power v (eq. 4-7).
+    """exp(sum_f w_f e_f) with w_f = g_f * v_f: which fields g (entmax of a bilinear score, anew for each row), to which power v.
 
     Args:
         fields, width: F and E of the embeddings.

@@ -57,10 +57,10 @@ def _solve(z: Tensor, e: Tensor) -> Tensor:
 
 def _candidates(x: Tensor, e: Tensor) -> Tensor | None:
     """[..., K] places of the scores near enough to their row's maximum to have weight, -1 behind them; None where K is no saving."""
-    reach = float(e.min())
-    if x.shape[-1] < FEW or reach < 0.2:
+    if x.shape[-1] < FEW or not e.numel() or float(e.min()) < 0.2:
         return None
-    near = (x > highest(x) - 1 / reach).flatten(0, -2)
+    reach = float(e.min())
+    near = (x > highest(x) - 1 / reach).reshape(-1, x.shape[-1])
     row_M, at_M = near.nonzero(as_tuple=True)
     count = row_M.bincount(minlength=len(near))
     most = int(count.max()) if len(count) else 0
@@ -76,19 +76,21 @@ class _Entmax(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, e: Tensor) -> Tensor:
         top = highest(x)
         if available(x):
-            p, v = entmax_rows(x, e)
+            p = entmax_rows(x, e)
         else:
-            v = top + _solve(x - top, e)
-            p = _tsallis(x - v, e)
+            p = _tsallis(x - top - _solve(x - top, e), e)
             total = p.sum(-1, keepdim=True)
             p = p / torch.where(total > 0, total, 1)
-        ctx.save_for_backward(p, x, v, e)
+        ctx.save_for_backward(p, e)
         return p
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (grad,), (p, x, v, e) = grads, ctx.saved_tensors
-        s = torch.where(p > 0, p ** (1 - e), 0)                                   # dp_i / du_i
+        """Written in p, e and the gradient alone, by steps whose own derivatives are finite: it can be differentiated again."""
+        (grad,), (p, e) = grads, ctx.saved_tensors
+        there = p > 0
+        safe = torch.where(there, p, 1)
+        s = torch.where(there, safe ** (1 - e), 0)                                # dp_i / du_i
         size = s.sum(-1, keepdim=True)
         share = s / torch.where(size > 0, size, 1)
         mean = (grad * share).sum(-1, keepdim=True)
@@ -96,13 +98,14 @@ class _Entmax(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return by_x, None
         # dp/da at fixed u, then v moves so that the sum stays one; the series is that of log1p(eu) / e at small eu.
-        u = x - v
-        eu = (e * u).clamp_min(-1)
+        log, small = safe.log(), e.clamp_min(NEAR_ONE)
+        u = torch.where(e < NEAR_ONE, log, torch.expm1(small * log) / small)
+        eu = e * u
         near = eu.abs() < 1e-2
-        safe = torch.where(near, torch.ones_like(eu), eu)
-        exact = (safe / (1 + safe).clamp_min(1e-30) - safe.log1p()) / e.clamp_min(NEAR_ONE) ** 2
+        far = torch.where(near, 1, 1 + eu)
+        exact = (u / far - log) / small
         series = u * u * (-1 / 2 + eu * (2 / 3 + eu * (-3 / 4 + eu * (4 / 5 - eu * (5 / 6)))))
-        g = torch.where(p > 0, p * torch.where(near, series, exact), 0)
+        g = p * torch.where(near, series, torch.where(near, 0, exact))
         by_e = (grad * (g - share * g.sum(-1, keepdim=True))).sum(-1, keepdim=True)
         return by_x, by_e.sum_to_size(e.shape)
 
@@ -149,33 +152,33 @@ def entmax15(scores: Tensor, dim: int = -1) -> Tensor:
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, target: Tensor, alpha: float) -> Tensor:
-        p = entmax(x, alpha)
+    def forward(ctx: Any, x: Tensor, p: Tensor, target: Tensor, alpha: float) -> Tensor:
         ctx.save_for_backward(p, target)
         e = alpha - 1
-        entropy = -(p * p.clamp_min(1e-45).log()).sum(-1) if e < NEAR_ONE else (p - p**alpha).sum(-1) / (alpha * e)
+        log = torch.where(p > 0, p, 1).log()
+        entropy = -(p * (log if e < NEAR_ONE else torch.expm1(e * log) / (alpha * e))).sum(-1)    # p - p^a would lose 1 / e digits
         at = x.gather(-1, target[..., None])[..., 0]
         return torch.where(p > 0, p * x, 0).sum(-1) + entropy - at
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (grad,), (p, target) = grads, ctx.saved_tensors
-        return grad[..., None] * (p - torch.zeros_like(p).scatter_(-1, target[..., None], 1.0)), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad,), (p, target) = grads, ctx.saved_tensors                           # p has a graph of its own, for second derivatives
+        return grad[..., None] * (p - torch.zeros_like(p).scatter_(-1, target[..., None], 1.0)), None, None, None
 
 
 def entmax_loss(scores: Tensor, target: Tensor, alpha: float = 1.5) -> Tensor:
     """Fenchel-Young loss of alpha-entmax, [...] for scores [..., N] and target classes [...]; its gradient is p - y.
 
-    (p - y) . z + H_a(p), H_a the Tsallis entropy sum (p - p^a) / (a (a - 1)) (Peters et al. 2019, eq. 9); cross entropy at alpha = 1.
+    (p - y) . z + H_a(p), H_a the Tsallis entropy sum (p - p^a) / (a (a - 1)) (Peters et al. 2019); cross entropy at alpha = 1.
     """
     x = opened(scores, -1)
     if target.shape != scores.shape[:-1] or target.dtype != torch.int64:
         raise BadInput(f"target {list(target.shape)} {target.dtype} must be int64 classes of shape {list(scores.shape[:-1])}")
     if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < scores.shape[-1]:
         raise BadInput(f"target holds classes {int(target.min())}..{int(target.max())} but there are {scores.shape[-1]}")
-    return _Loss.apply(x, target, alpha)  # type: ignore[return-value]
+    return _Loss.apply(x, entmax(x, alpha), target, alpha)  # type: ignore[return-value]
 
 
 def sparsemax_loss(scores: Tensor, target: Tensor) -> Tensor:
-    """Fenchel-Young loss of sparsemax (Martins & Astudillo 2016, eq. 17)."""
+    """Fenchel-Young loss of sparsemax (Martins & Astudillo 2016)."""
     return entmax_loss(scores, target, 2.0)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import compiled
 from .rows import NEAR_ONE, STEPS
 
 
@@ -20,9 +21,7 @@ from .rows import NEAR_ONE, STEPS
 def _weigh() -> Any:
     import math
 
-    import numba
-
-    @numba.njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})
+    @compiled.loop(fastmath={"contract", "reassoc", "nsz"})
     def weigh(z, m, e, v, p):  # type: ignore[no-untyped-def]
         """Weights of the first m scores into p; their sum, and the slope -d sum / dv."""
         total, slope = 0.0, 0.0
@@ -58,9 +57,7 @@ def _weigh() -> Any:
 
 @cache
 def _kernel() -> Any:
-    try:
-        import numba
-    except ImportError:
+    if not compiled.available():
         return None
     import math
 
@@ -68,8 +65,8 @@ def _kernel() -> Any:
 
     weigh = _weigh()
 
-    @numba.njit(cache=True, nogil=True)
-    def run(x, alphas, out, vs):  # type: ignore[no-untyped-def]
+    @compiled.loop()
+    def run(x, alphas, out):  # type: ignore[no-untyped-def]
         R, N = x.shape
         z, p, at = np.empty(N), np.empty(N), np.empty(N, np.int64)
         for r in range(R):
@@ -78,9 +75,7 @@ def _kernel() -> Any:
             for i in range(1, N):
                 top = max(top, x[r, i])
             out[r, :] = 0.0
-            vs[r] = top
             if top == -np.inf:
-                vs[r] = 0.0
                 continue
             least = top - 1.0 / e if e >= NEAR_ONE else -np.inf
             m = 0
@@ -108,7 +103,6 @@ def _kernel() -> Any:
                 v = step
             for j in range(m):
                 out[r, at[j]] = p[j] / total
-            vs[r] = top + v
 
     return run
 
@@ -119,10 +113,10 @@ def available(x: Tensor) -> bool:
     return plain and not torch.compiler.is_compiling() and _kernel() is not None
 
 
-def entmax_rows(x: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-    """(weights [..., N], v [..., 1]) of scores free of NaN and +inf; e = alpha - 1 broadcasts against [..., 1]."""
+def entmax_rows(x: Tensor, e: Tensor) -> Tensor:
+    """Weights [..., N] of scores free of NaN and +inf; e = alpha - 1 broadcasts against [..., 1]."""
     rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
     alphas = e.detach().double().expand(*x.shape[:-1], 1).reshape(-1).contiguous()
-    out, vs = torch.empty_like(rows), torch.empty(len(rows), dtype=torch.float64)
-    _kernel()(rows.numpy(), alphas.numpy(), out.numpy(), vs.numpy())
-    return out.view(x.shape), vs.to(x.dtype).view(*x.shape[:-1], 1)
+    out = torch.empty_like(rows)
+    _kernel()(rows.numpy(), alphas.numpy(), out.numpy())
+    return out.view(x.shape)

@@ -10,7 +10,7 @@ from .softmax import softmax
 
 
 def pladis(scores: Tensor, strength: float = 2.0, alpha: float = 1.5, dim: int = -1) -> Tensor:
-    """softmax + strength * (entmax - softmax); rows sum to one, and past strength 1 small weights turn negative (eq. 11).
+    """softmax + strength * (entmax - softmax); rows sum to one, and past strength 1 small weights turn negative.
 
     Raises:
         BadInput: a strength below 0 or not finite; what entmax refuses.

@@ -17,7 +17,7 @@ from ..errors import BadInput
 def expected_alignment(halt: Tensor) -> Tensor:
     """[..., T, S] probability of stopping at s in step t, of halting probabilities p [..., T, S] in [0, 1].
 
-    a_ts = p_ts * (((1 - p_t,s-1) / p_t,s-1) a_t,s-1 + a_t-1,s) (Raffel et al., eq. 9), begun at entry 0 and run without the division,
+    a_ts = p_ts * (((1 - p_t,s-1) / p_t,s-1) a_t,s-1 + a_t-1,s) (Raffel et al.'s recurrence), begun at entry 0 and run without the division,
     which fails at p = 0. A row sums to at most one: what is missing ran past the end.
     """
     if halt.ndim < 2 or not halt.is_floating_point():

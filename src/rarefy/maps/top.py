@@ -32,7 +32,7 @@ def top_k_softmax(scores: Tensor, k: int, dim: int = -1) -> Tensor:
 
 def statistical_top_k(scores: Tensor, k: float | Tensor, dim: int = -1) -> Tensor:
     """softmax over the scores above mean + std * Q(1 - k / N), Q the normal quantile: about k of them, without a sort
-    (You et al. 2025, arXiv 2506.06644, sec. 3.2).
+    (You et al. 2025, arXiv 2506.06644).
 
     Mean and deviation are of the N scores that are not -inf; the highest is always kept, and all are where k >= N.
 
@@ -46,7 +46,10 @@ def statistical_top_k(scores: Tensor, k: float | Tensor, dim: int = -1) -> Tenso
     there = x > -torch.inf
     count = there.sum(-1, keepdim=True).clamp_min(1)
     mean = torch.where(there, x, 0).sum(-1, keepdim=True) / count
-    std = (torch.where(there, x - mean, 0).square().sum(-1, keepdim=True) / count).sqrt()
+    apart = torch.where(there, x - mean, 0)
+    size = apart.detach().abs().amax(-1, keepdim=True)                                     # squares of small scores would vanish
+    size = torch.where(size > 0, size, 1)
+    std = size * ((apart / size).square().sum(-1, keepdim=True) / count).sqrt()
     share = torch.as_tensor(k, dtype=torch.float64, device=x.device) / count
     least = mean + std * torch.special.ndtri((1 - share).clamp(1e-12, 1 - 1e-12)).to(x.dtype)
     keep = (x > least) | (x == top) | (share >= 1)
@@ -83,7 +86,7 @@ class _SoftTopK(torch.autograd.Function):
 
 
 def soft_top_k(scores: Tensor, k: float, dim: int = -1) -> Tensor:
-    """clip(z - t, 0, 1) with t such that the row sums to k: the projection of SPARSEK (Lou et al. 2024, arXiv 2406.16747, eq. 7).
+    """clip(z - t, 0, 1) with t such that the row sums to k: the projection of SPARSEK (Lou et al. 2024, arXiv 2406.16747).
 
     The sum is min(k, scores that are not -inf).
     """

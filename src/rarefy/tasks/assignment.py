@@ -7,11 +7,12 @@ once (Jonker & Volgenant 1987, column reduction).
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from ..compiled import loop
 
-@numba.njit(cache=True, nogil=True)
+
+@loop()
 def shortest_paths(cost):  # type: ignore[no-untyped-def]
     """Row matched to each column (-1: none) at least total cost; every row is matched. Needs rows <= columns, contiguous float64."""
     rows, columns = cost.shape

@@ -149,6 +149,7 @@ class Table(TypedDict):
 
     title: str
     note: str
+    verdict: NotRequired[str]
     head: list[str]
     rows: list[list[str]]
 
@@ -317,6 +318,8 @@ def _table(table: Any, at: str) -> None:
     _is(isinstance(table, Mapping), at, "an object", table)
     _text(table, "title", at)
     _text(table, "note", at)
+    if "verdict" in table:
+        _text(table, "verdict", at)
     head = _part(table, "head", Sequence, at)
     for i, row in enumerate([head, *_part(table, "rows", Sequence, at)]):
         good = isinstance(row, Sequence) and not isinstance(row, str) and len(row) == len(head) and all(isinstance(v, str) for v in row)

@@ -44,6 +44,35 @@ class Aligned:
         count_B = at_BT.amax(1) + 1
         self.count_B = count_B if self.count_B is None else self.count_B.maximum(count_B)
 
+    def push(self, **new: Tensor) -> None:
+        """Add rows behind the others, where all batch rows hold as many; every name at each call."""
+        assert self.count_B is not None
+        for name, x in new.items():
+            self.held[name].append(x)
+        self.count_B = self.count_B + next(iter(new.values())).shape[2]
+
+    def stores(self) -> dict[str, Tensor]:
+        """The storages, room behind the last slot included."""
+        return {name: grown.room(0) for name, grown in self.held.items()}
+
+    def room(self, rows: int) -> dict[str, Tensor]:
+        """The storages, with room for so many more slots; see Growing.room."""
+        return {name: grown.room(rows) for name, grown in self.held.items()}
+
+    def count(self, rows: int) -> None:
+        """Take note that so many slots were filled behind the others, in every row."""
+        assert self.count_B is not None
+        self.count_B = self.count_B + rows
+        for grown in self.held.values():
+            grown.length += rows
+
+    def crop(self, left: int) -> None:
+        """Keep the first `left` slots, where all batch rows hold as many."""
+        assert self.count_B is not None
+        self.count_B = self.count_B.clamp_max(left)
+        for grown in self.held.values():
+            grown.length = min(grown.length, left)
+
     def at(self) -> Tensor:
         """[B, S] each slot's place; -1 behind a row's last token."""
         assert self.count_B is not None

@@ -40,15 +40,23 @@ class Growing:
         if torch.is_grad_enabled() and (x.requires_grad or (held is not None and held.requires_grad)):
             self.store = x if held is None else torch.cat([held[:, :, : self.length], x], 2)
         else:
-            if held is None or held.shape[2] < end or held.requires_grad:
-                room = end if held is None else end + max(16, end // 8)
-                self.store = x.new_empty(*x.shape[:2], room, *x.shape[3:])
-                if held is not None:
-                    self.store[:, :, : self.length] = held[:, :, : self.length].detach()
-            assert self.store is not None
-            self.store[:, :, self.length : end] = x
+            if held is None:
+                self.store = x.new_empty(*x.shape[:2], end, *x.shape[3:])
+            self.room(x.shape[2])[:, :, self.length : end] = x
         self.length = end
         return self.view()
+
+    def room(self, rows: int) -> Tensor:
+        """The storage, grown so that `rows` more fit behind what is held; whoever writes them adds to `length`. Gradients end here.
+
+        What was held under torch.inference_mode may not be written outside of it, and moves too.
+        """
+        assert self.store is not None
+        held, end = self.store, self.length + rows
+        if held.shape[2] < end or held.requires_grad or (held.is_inference() and not torch.is_inference_mode_enabled()):
+            self.store = held.new_empty(*held.shape[:2], end + max(16, end // 8), *held.shape[3:])
+            self.store[:, :, : self.length] = held[:, :, : self.length].detach()
+        return self.store
 
     def rows(self, take: Callable[[Tensor], Tensor]) -> None:
         """Replace the storage by `take` of it: other batch rows."""
@@ -94,6 +102,7 @@ class Layer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add T keys and values; gives all of them."""
         self.is_initialized = True
+        self.device, self.dtype = key_states.device, key_states.dtype
         k, v = self._held
         self.keys, self.values = k.append(key_states), v.append(value_states)
         layer_of_keys[self.keys] = self
@@ -121,6 +130,15 @@ class Layer(CacheLayerMixin):
     def bytes(self) -> int:
         """Bytes of every tensor held, spare room and derived data included."""
         return sum(held.store.untyped_storage().nbytes() for held in self._growing() if held.store is not None)
+
+    def offload(self) -> None:
+        """Everything to the CPU."""
+        self._rows(lambda x: x.to("cpu"))
+
+    def prefetch(self) -> None:
+        """Everything back to where the keys come from."""
+        if self.is_initialized:
+            self._rows(lambda x: x.to(self.device))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0

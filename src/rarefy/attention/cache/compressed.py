@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.block_attention.softmax import attend, merge
+from ...kernels.cache_steps import evicting_step
 from .aligned import Aligned
 from .entries import ROWS, Entries, dense
 from .policy import Policy, PolicyLayer, Rotary
@@ -48,6 +49,26 @@ class CompressedLayer(PolicyLayer):
         self.window.append(k=k_BGTD, v=v_BGTD, at=at_BGT.int())
         out = dense(q_BHTD, k_BGTD, v_BGTD, at_BT, scale) if first else self._attend(q_BHTD, at_BT, scale)
         self._move()
+        return out
+
+    def step(self, q_BH1D: Tensor, k_BG1D: Tensor, v_BG1D: Tensor, *, scale: float) -> Tensor | None:
+        held, recent = len(self.window), self.policy.recent                   # type: ignore[attr-defined]
+        if not 0 < held <= recent:
+            return None
+        full, room = held == recent, self.window.room(1)
+        out, lse = evicting_step(
+            q_BH1D, k_BG1D, v_BG1D, room["k"], room["v"], room["at"], None, held=held, place=self.seen - 1, first=0, recent=self.seen,
+            drop=full, scale=scale)
+        self.window.count(0 if full else 1)
+        if len(self.far):
+            stored, far_lse = self.decode(q_BH1D, scale)
+            out = torch.lerp(stored, out, (lse - far_lse).sigmoid()[..., None].to(out.dtype))     # the exact union of both
+        if full:
+            leaves = self.pack(room["k"][:, :, held:recent + 1], room["v"][:, :, held:recent + 1])
+            if len(self.far):
+                self.far.push(**leaves)
+            else:
+                self.far.place(torch.zeros(len(q_BH1D), 1, dtype=torch.long, device=q_BH1D.device), **leaves)
         return out
 
     def _attend(self, q_BHTD: Tensor, at_BT: Tensor, scale: float) -> Tensor:

@@ -52,6 +52,15 @@ class Entries:
                 fresh.view().masked_fill_(none_BGK, -1)
             self.held[name] = fresh
 
+    def room(self, rows: int) -> dict[str, Tensor]:
+        """The storages, with room for so many more rows; see Growing.room."""
+        return {name: grown.room(rows) for name, grown in self.held.items()}
+
+    def count(self, rows: int) -> None:
+        """Take note that so many rows were written behind the others, or taken away (below 0)."""
+        for grown in self.held.values():
+            grown.length += rows
+
     def drop_one(self, victim_BG: Tensor) -> None:
         """Every head loses one row: the last takes its place."""
         for grown in self.held.values():
@@ -81,8 +90,9 @@ def probabilities(
     G, share = k_BGMD.shape[1], q_BHTD.shape[1] // k_BGMD.shape[1]
     for start in range(0, q_BHTD.shape[2], ROWS):
         rows = slice(start, min(start + ROWS, q_BHTD.shape[2]))
-        q = q_BHTD[:, :, rows].unflatten(1, (G, share))
-        logit = (q @ k_BGMD[:, :, None].mT).float() * scale
+        q = q_BHTD[:, :, rows]
+        # The heads of a key head side by side, or its keys would be copied for each.
+        logit = (q.unflatten(1, (G, share)).flatten(2, 3) @ k_BGMD.mT).unflatten(2, (share, -1)).float() * scale
         at = at_BGM[:, :, None, None]
         seen = (at >= 0) & (at <= at_BT[:, None, None, rows, None])
         if allowed_BTM is not None:
@@ -99,7 +109,7 @@ def attend_entries(
     out = torch.empty_like(q_BHTD)
     total = torch.zeros(at_BGM.shape, dtype=torch.float32, device=q_BHTD.device)
     for rows, p in probabilities(q_BHTD, k_BGMD, at_BGM, at_BT, scale, allowed_BTM):
-        out[:, :, rows] = (p.to(v_BGMD.dtype) @ v_BGMD[:, :, None]).flatten(1, 2)
+        out[:, :, rows] = (p.to(v_BGMD.dtype).flatten(2, 3) @ v_BGMD).unflatten(2, p.shape[2:4]).flatten(1, 2)
         if sums:
             total += p.sum((2, 3))
     return out, total
@@ -110,6 +120,22 @@ def dense(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, at_BT: Tensor, scale: 
     if bool((at_BT < 0).any()):
         return attend_entries(q_BHTD, k_BGSD, v_BGSD, at_BT[:, None].expand(*k_BGSD.shape[:3]), at_BT, scale)[0]
     return scaled_dot_product_attention(q_BHTD, k_BGSD, v_BGSD, is_causal=True, scale=scale, enable_gqa=True)
+
+
+def dense_sums(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """What attend_entries gives with `sums` for T tokens among themselves without padding; keys that come later are not met at all."""
+    G, T = k_BGTD.shape[1:3]
+    out, total = torch.empty_like(q_BHTD), torch.zeros(k_BGTD.shape[:3], dtype=torch.float32, device=q_BHTD.device)
+    for start in range(0, T, ROWS):
+        stop = min(start + ROWS, T)
+        q = q_BHTD[:, :, start:stop].unflatten(1, (G, -1))
+        logit = (q.flatten(2, 3) @ k_BGTD[:, :, :stop].mT).float().mul_(scale).unflatten(2, q.shape[2:4])
+        later = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).triu(1)
+        logit[..., start:].masked_fill_(later, -torch.inf)
+        p = logit.softmax(-1)
+        total[:, :, :stop] += p.sum((2, 3))
+        out[:, :, start:stop] = (p.to(v_BGTD.dtype).flatten(2, 3) @ v_BGTD[:, :, :stop]).unflatten(2, p.shape[2:4]).flatten(1, 2)
+    return out, total
 
 
 def first_of(order_score_BGM: Tensor, at_BGM: Tensor, keep_B: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...kernels.cache_steps import evicting_step
 from ...method import positive
 from ..lottery import drawn
-from .entries import Entries, attend_entries, dense, first_of
+from .entries import Entries, attend_entries, dense, dense_sums, first_of
 from .policy import Policy, PolicyLayer, Rotary
 
 
@@ -35,6 +36,26 @@ class EvictingLayer(PolicyLayer):
         """[B, G, M] worth of each entry; the highest `keep_B` stay."""
         raise NotImplementedError
 
+    def above(self, keep: int) -> tuple[int, int] | None:
+        """(first, recent) where `rank` is the sum, or the place without sums, with places below `first` and above `recent` above all."""
+        return None
+
+    def step(self, q_BH1D: Tensor, k_BG1D: Tensor, v_BG1D: Tensor, *, scale: float) -> Tensor | None:
+        held, keep = len(self.entries), max(1, round(self.budget * self.seen))
+        if not held:
+            return None
+        over, limits = 0 if self.only_prompts else held + 1 - keep, self.above(keep)
+        first, recent = limits or (0, 0)
+        drop = over == 1 and limits is not None
+        room = self.entries.room(1)
+        out, _ = evicting_step(
+            q_BH1D, k_BG1D, v_BG1D, room["k"], room["v"], room["at"], room.get("sum"), held=held, place=self.seen - 1, first=first,
+            recent=recent, drop=drop, scale=scale)
+        self.entries.count(0 if drop else 1)
+        if over > 0 and not drop:
+            self._evict(q_BH1D, torch.full((len(q_BH1D), 1), self.seen - 1, device=q_BH1D.device), scale)
+        return out
+
     def answer(
         self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, at_BT: Tensor, *, scale: float, rotary: Rotary, hidden_BTD: Tensor | None
     ) -> Tensor:
@@ -46,7 +67,10 @@ class EvictingLayer(PolicyLayer):
         self.entries.append(**new)
         e = self.entries
         if held or self.accumulates:
-            out, got_BGM = attend_entries(q_BHTD, e["k"], e["v"], e["at"], at_BT, scale, sums=self.accumulates)
+            if held or not self.uniform:
+                out, got_BGM = attend_entries(q_BHTD, e["k"], e["v"], e["at"], at_BT, scale, sums=self.accumulates)
+            else:
+                out, got_BGM = dense_sums(q_BHTD, k_BGTD, v_BGTD, scale)
             if self.accumulates:
                 e.put("sum", e["sum"] + got_BGM)
         else:
@@ -87,6 +111,9 @@ class EvictingLayer(PolicyLayer):
 
 
 class _WindowLayer(EvictingLayer):
+    def above(self, keep: int) -> tuple[int, int]:
+        return min(self.policy.sinks + 1, keep) - 1, self.seen       # type: ignore[attr-defined]
+
     def rank(self, q_BHTD: Tensor, at_BT: Tensor, keep_B: Tensor, scale: float) -> Tensor:
         """Place, with the first few above all."""
         at = self.entries["at"]

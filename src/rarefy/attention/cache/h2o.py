@@ -15,6 +15,9 @@ from .policy import Policy
 class _Layer(EvictingLayer):
     accumulates = True
 
+    def above(self, keep: int) -> tuple[int, int]:
+        return 0, self.seen - 1 - keep // 2
+
     def rank(self, q_BHTD: Tensor, at_BT: Tensor, keep_B: Tensor, scale: float) -> Tensor:
         """Accumulated probability; the newest half of the budget is above it."""
         at = self.entries["at"]

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from ...kernels.coded_attention import bitmap_attention, unpack_rows
+from ...kernels.coded_attention import bitmap_attention, prune_rows, unpack_rows
 from ...method import positive
 from .compressed import CompressedLayer
 from .policy import Policy
@@ -19,21 +18,13 @@ TILE = 256
 """Tokens that are unpacked at once while they are computed on."""
 
 
-def pack_rows(x: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """(bitmap [..., E] uint8, values [..., keep] in order of channel) of the `keep` largest magnitudes of each row."""
-    index = x.abs().topk(keep, dim=-1).indices.sort(-1).values
-    bits = torch.zeros(x.shape, dtype=torch.uint8, device=x.device).scatter_(-1, index, 1)
-    weight = 2 ** torch.arange(8, dtype=torch.uint8, device=x.device)
-    return (pad(bits, (0, -x.shape[-1] % 8)).unflatten(-1, (-1, 8)) * weight).sum(-1, dtype=torch.uint8), x.gather(-1, index)
-
-
 class _Layer(CompressedLayer):
     width = 0
 
     def pack(self, k_BGTD: Tensor, v_BGTD: Tensor) -> dict[str, Tensor]:
         self.width = k_BGTD.shape[-1]
         keep = max(1, round(self.budget * self.width))
-        (k_bits, k), (v_bits, v) = pack_rows(k_BGTD, keep), pack_rows(v_BGTD, keep)
+        (k_bits, k), (v_bits, v) = prune_rows(k_BGTD, keep), prune_rows(v_BGTD, keep)
         return {"k bits": k_bits, "k": k, "v bits": v_bits, "v": v}
 
     def decode(self, q_BH1D: Tensor, scale: float) -> tuple[Tensor, Tensor]:

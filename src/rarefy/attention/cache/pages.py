@@ -10,7 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...errors import BadInput, Unsupported
 from ...kernels.block_attention import block_attention, page_meta, page_scores, top_pages
+from ...kernels.cache_steps import pages_step
 from ...method import positive
 from .aligned import Aligned
 from .base import Growing
@@ -48,6 +50,19 @@ class _Layer(PolicyLayer):
                 out[b : b + 1] = self._read(q_BHTD[b : b + 1], slice(b, b + 1), count, scale)
         return out
 
+    def step(self, q_BH1D: Tensor, k_BG1D: Tensor, v_BG1D: Tensor, *, scale: float) -> Tensor | None:
+        held, page = len(self.all), self.policy.page
+        if not held:
+            return None
+        N, fresh = held // page + 1, held % page == 0
+        room, keep = self.all.room(1), max(1, round(self.budget * N))
+        out, _ = pages_step(
+            q_BH1D, k_BG1D, v_BG1D, room["k"], room["v"], self.bounds.room(int(fresh)), held=held, page=page, keep=keep, scale=scale)
+        self.all.count(1)
+        self.bounds.length += fresh
+        self.policy.note(q_BH1D.shape[:2].numel() * (keep * page - N * page + held + 1), q_BH1D.shape[:2].numel() * (held + 1))
+        return out
+
     def _bound(self, k_BGSD: Tensor, first_new: int) -> None:
         """Bring the bounds up to date from the first page that changed."""
         page, start = self.policy.page, first_new // self.policy.page
@@ -71,6 +86,21 @@ class _Layer(PolicyLayer):
         mask_BHN = top_pages(score_BHN[:, :, None], max(1, round(self.budget * N)))[:, :, 0]
         self.policy.note(float(mask_BHN.sum()) * page - float(mask_BHN[..., -1].sum()) * (N * page - count), mask_BHN.shape[:2].numel() * count)
         return block_attention(q_BH1D, k, v, mask_BHN[:, :, None], block=page, query_block=1, scale=scale)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest tokens: -n, as in transformers. Nothing else was dropped, so that what is left is what it was."""
+        if tokens_to_remove > 0:
+            raise BadInput(f"crop({tokens_to_remove}): give minus the number of tokens to drop")
+        if not self.uniform:
+            raise Unsupported(f"{self} cannot be cropped where a row has padding: which of its newest tokens are real is not held")
+        left = max(0, self.seen + tokens_to_remove)
+        if left == self.seen:
+            return
+        self.seen, page = left, self.policy.page
+        self.all.crop(left)
+        self.bounds.length = min(self.bounds.length, left // page)
+        if left % page:
+            self.bounds.append(page_meta(self.all["k"][:, :, left // page * page :], page))
 
     def tensors(self) -> dict[str, Tensor]:
         return self.all.tensors() | ({} if self.bounds.store is None else {"bounds": self.bounds.store})

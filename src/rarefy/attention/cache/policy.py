@@ -9,6 +9,7 @@ Shape letters: B = batch, H = query heads, G = key heads, T = new tokens, S = to
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -39,6 +40,8 @@ class PolicyLayer(CacheLayerMixin):
         self.policy, self.index, self.budget = policy, index, policy.budget_of(index)
         self.seen = 0
         """Tokens so far, padding included."""
+        self.uniform = True
+        """Whether no row has had padding: the rows' tokens stand at the same places."""
 
     def __repr__(self) -> str:
         return f"{self.policy.name} (layer {self.index})"
@@ -52,10 +55,11 @@ class PolicyLayer(CacheLayerMixin):
             raise Unsupported(f"{self} answers queries itself; call the model inside `with cache.on(model):`")
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise Unsupported(f"{self} holds no gradients; call the model under torch.no_grad() (generate does)")
-        for what, x in (("keys", key_states), ("values", value_states)):
-            if not x.sum(dtype=torch.float32).isfinite():
+        if not math.isfinite(float(key_states.sum(dtype=torch.float32) + value_states.sum(dtype=torch.float32))):
+            for what, x in (("keys", key_states), ("values", value_states)):
                 check_finite(x, f"{what} of {self}")
         self.is_initialized = True
+        self.device, self.dtype = key_states.device, key_states.dtype
         self.seen += key_states.shape[2]
         layer_of_keys[key_states] = self
         return key_states, value_states
@@ -69,6 +73,10 @@ class PolicyLayer(CacheLayerMixin):
             at_BT: place of each new token among the real tokens of its row; -1 at padding.
         """
         raise NotImplementedError
+
+    def step(self, q_BH1D: Tensor, k_BG1D: Tensor, v_BG1D: Tensor, *, scale: float) -> Tensor | None:
+        """What `answer` gives and does for one token of each row where no row has had padding, in fewer operations; None: ask `answer`."""
+        return None
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything held, by name; names that begin with "offloaded" need not be in fast memory."""
@@ -84,8 +92,22 @@ class PolicyLayer(CacheLayerMixin):
 
     def bytes(self, offloaded: bool | None = None) -> int:
         """Bytes of the storage of every tensor held; of the offloaded ones, or of the others, alone if asked."""
+        return sum(self.storages(offloaded).values())
+
+    def storages(self, offloaded: bool | None = None) -> dict[int, int]:
+        """Bytes of each storage, as in `bytes`, by its address."""
         chosen = (x for name, x in self.tensors().items() if offloaded in (None, name.startswith("offloaded")))
-        return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in chosen}.values())
+        return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in chosen}
+
+    def offload(self) -> None:
+        """Everything held to the CPU."""
+        if self.seen:
+            self.rows(lambda x: x.to("cpu"))
+
+    def prefetch(self) -> None:
+        """Everything held back to where the keys come from, what is named "offloaded" too."""
+        if self.seen:
+            self.rows(lambda x: x.to(self.device))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen + query_length, 0
@@ -167,8 +189,11 @@ class Policy(transformers.Cache):
                 self.is_on, self.modules = before
 
     def bytes(self, offloaded: bool | None = None) -> int:
-        """Bytes of every tensor held, spare room included; with `offloaded`, of that part or of the rest alone."""
-        return sum(layer.bytes(offloaded) for layer in self.layers)  # type: ignore[union-attr]
+        """Bytes of every tensor held, spare room included, what layers share once; with `offloaded`, of that part or of the rest alone."""
+        held: dict[int, int] = {}
+        for layer in self.layers:
+            held |= layer.storages(offloaded)  # type: ignore[union-attr]
+        return sum(held.values())
 
     def kept(self) -> list[Tensor]:
         """Of each layer, [B, G] entries that a query can still reach."""
@@ -193,6 +218,9 @@ class _Served(nn.Module):
         if not causal or not isinstance(cache, PolicyLayer) or cache.policy is not self.policy:
             raise Unsupported(f"layer {layer} was run without this {self.policy.name}; pass it: past_key_values=cache")
         T = q.shape[2]
+        cache.uniform = cache.uniform and padding_BS is None
+        if T == 1 and cache.uniform and (out := cache.step(q, k, v, scale=scale)) is not None:
+            return out
         if padding_BS is None:
             at_BT = torch.arange(cache.seen - T, cache.seen, device=q.device).expand(q.shape[0], T)
         else:

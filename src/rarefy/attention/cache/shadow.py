@@ -7,10 +7,12 @@ width, r = rank, K = chunks chosen, O = outlier chunks, R = rotated width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...kernels.cache_steps import chunks_step
 from ...method import not_negative, positive
 from .aligned import Aligned
 from .entries import Entries, attend_entries, dense, first_of
@@ -35,6 +37,10 @@ class _Layer(PolicyLayer):
     def __init__(self, policy: Policy, index: int) -> None:
         super().__init__(policy, index)
         self.exact, self.far = Entries(), Aligned()
+        self.shares = False
+        """Whether cos and sin are the first layer's."""
+        self.count = 0
+        """Chunks of the first row that are no outliers, for each of its heads."""
         self.held: dict[str, Tensor] = {}
         """basis [B, r, G * D], landmark [B, G, N, D], common [B, N] (False: not all chunk tokens there), and the rotation if any."""
 
@@ -52,6 +58,20 @@ class _Layer(PolicyLayer):
             far_k, far_v, far_at = self._fetch(self._choose(q_BHTD, scale))
             k, v, at = torch.cat([far_k, k], 2), torch.cat([far_v, v], 2), torch.cat([far_at, at], 2)
         return attend_entries(q_BHTD, k, v, at, at_BT, scale)[0]
+
+    def step(self, q_BH1D: Tensor, k_BG1D: Tensor, v_BG1D: Tensor, *, scale: float) -> Tensor | None:
+        if not self.held or not self.count:
+            return None
+        held, room, far = len(self.exact), self.exact.room(1), self.far.stores()
+        keep, turn = min(max(1, round(self.budget * self.count)), self.count), (self.held["cos"], self.held["sin"]) if "cos" in self.held else None
+        got = chunks_step(
+            q_BH1D, k_BG1D, v_BG1D, room["k"], room["v"], room["at"], self.held["landmark"], self.held["far"], far["factor"],
+            self.held["basis"], far["offloaded v"], turn, held=held, place=self.seen - 1, keep=keep, chunk=self.policy.chunk, scale=scale)
+        if got is None:
+            return None
+        self.exact.count(1)
+        self.policy.note(k_BG1D.numel() * keep * self.policy.chunk * k_BG1D.element_size())
+        return got[0]
 
     def _shadow(self, k_BGTD: Tensor, v_BGTD: Tensor, at_BT: Tensor, rotary: Rotary) -> None:
         """Split a prompt: whole chunks but for the newest and the outliers become factors and landmarks, the rest stays exact."""
@@ -73,7 +93,7 @@ class _Layer(PolicyLayer):
         far_BGN = whole_BN[:, None] & ~odd
         before = k
         if turn:
-            self.held |= {n: line[n][:, 0, : N * C].clone() for n in turn}
+            self.held |= self._shared({n: line[n][:, 0, : N * C].clone(memory_format=torch.contiguous_format) for n in turn})
             before = rotate(k, self.held["cos"], self.held["sin"], back=True)
         flat = (before * whole_BN.repeat_interleave(C, 1)[:, None, :, None]).transpose(1, 2).flatten(2)      # [B, S, G * D]
         rank = self.policy.rank or max(1, round(self.budget * flat.shape[2]))
@@ -81,7 +101,8 @@ class _Layer(PolicyLayer):
         u, basis = (u * s[:, None])[..., :rank].to(k.dtype), basis[:, :rank].to(k.dtype)
         place = torch.arange(N * C, device=k.device).expand(len(k), -1)
         self.far.place(place, **{"factor": u[:, None], "offloaded v": v})
-        self.held |= {"basis": basis.clone(), "landmark": landmark, "far": far_BGN}
+        self.held |= {"basis": basis.clone(memory_format=torch.contiguous_format), "landmark": landmark, "far": far_BGN}
+        self.count = int(far_BGN[0, 0].sum())
         in_far = far_BGN.repeat_interleave(C, 2)                                                       # [B, G, N * C]
         at = self.exact["at"].long()
         there = (at >= 0) & (at < N * C)
@@ -89,6 +110,13 @@ class _Layer(PolicyLayer):
         stay_B = ((at >= 0) & ~gone).sum(-1).amax(1)
         # Heads differ in their outliers but not in how many they have, so every head keeps the same count.
         self.exact.take(first_of(torch.zeros_like(at).float(), at.masked_fill(gone, -1), stay_B.clamp_min(1)))
+
+    def _shared(self, turn: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The first layer's cos and sin where they are the same."""
+        first: Any = self.policy.layers[0] if self.policy.layers else self
+        theirs = {n: x for n, x in first.held.items() if n in turn}
+        self.shares = first is not self and all(n in theirs and torch.equal(x, theirs[n]) for n, x in turn.items())
+        return theirs if self.shares else turn
 
     def _choose(self, q_BHTD: Tensor, scale: float) -> Tensor:
         """[B, G, K] chunks with the most probability at their landmarks, the best query of the head's group counting; -1 = none."""
@@ -130,7 +158,9 @@ class _Layer(PolicyLayer):
     def rows(self, take: Callable[[Tensor], Tensor]) -> None:
         self.exact.rows(take)
         self.far.rows(take)
-        self.held = {name: take(x) for name, x in self.held.items()}
+        first: Any = self.policy.layers[0]
+        done = {n: first.held[n] for n in ("cos", "sin")} if self.shares else {}         # layers change their rows first to last
+        self.held = {name: take(x) for name, x in self.held.items() if name not in done} | done
 
 
 class ShadowKV(Policy):
@@ -142,7 +172,7 @@ class ShadowKV(Policy):
     not read that). A step takes the softmax over landmarks, rebuilds the keys of the best
     max(1, round(budget * chunks)) for each key head and fetches their values. Names of tensors that begin with "offloaded"
     are what a GPU would hold in host memory; here they are counted apart (`bytes(offloaded=True)`), and `fetched_bytes()` says
-    what crossed over. cos and sin of the prompt are held and counted once a layer, which a model with a table would not need.
+    what crossed over. cos and sin of the prompt are held and counted, once for all layers that turn alike, which a model with a table would not need.
 
     Args:
         chunk: tokens a landmark stands for (8 in the paper).

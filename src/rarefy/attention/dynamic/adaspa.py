@@ -1,10 +1,10 @@
 """AdaSpa (Xia et al. 2025, arXiv 2502.21079): blocks by their exact share of softmax, found at few steps of denoising and used at all.
 
-The last dense step of a run leaves each query's log-sum-exp L. The mass of a block is then one pass over its logits, sum exp(q k - L) (alg. 1
-and 2, whose listings write Log for Exp), also at a later search, where L is the old one: it hardly moves from step to step (sec. 3). An old L
+The last dense step of a run leaves each query's log-sum-exp L. The mass of a block is then one pass over its logits, sum exp(q k - L)
+(the paper's listings write Log for Exp), also at a later search, where L is the old one: it hardly moves from step to step. An old L
 below a logit, which no L can be, is raised to it here, so that no weight passes 1. Each query block keeps as many key blocks as any other of its
-head ("row wise", sec. 4.3). Of the heads, n keep more than 0.8 of their mass at the even budget d; the n that keep most then go down to d / 2 and
-the n that keep least up to 3 d / 2 (sec. 4.2).
+head ("row wise"). Of the heads, n keep more than 0.8 of their mass at the even budget d; the n that keep most then go down to d / 2 and
+the n that keep least up to 3 d / 2.
 
 Not here: the blocks of text that the paper always keeps beside a video ("text sink").
 Shape letters as in scores.py.
@@ -23,7 +23,7 @@ from .scores import block_sums, later, logits, query_rows
 from .steps import Stepwise
 
 ENOUGH = 0.8
-"""Recall above which a head can do with less (sec. 4.2)."""
+"""Recall above which a head can do with less, as in the paper."""
 
 
 def wide_logits(q_BHTD: Tensor, k_BGSD: Tensor, causal: bool) -> Tensor:
@@ -46,6 +46,7 @@ class AdaSpa(Stepwise):
     """
 
     name = "attention/adaspa"
+    wants = ("cache",)
     prefill_only = True
 
     def __init__(self, budget: float = 0.2, block: int = 64, query_block: int = 64, dense: float = 0.2, every: int = 20) -> None:

@@ -2,7 +2,7 @@
 
 Logits are cut into tiles of `stride` x `stride`. The sum of a tile's antidiagonal touches each of its queries and each of its keys once, and
 crosses every column and every diagonal, so heavy ones show in it. It is one product: queries of a tile written side by side in reverse, keys in
-order. Softmax over a row of tiles of sum / (sqrt(D) stride), those ahead left out; a block's importance is what its tiles hold (alg. 1). A query
+order. Softmax over a row of tiles of sum / (sqrt(D) stride), those ahead left out; a block's importance is what its tiles hold. A query
 block keeps the first key block, its own, and then the heaviest: so many that they hold the share p (the paper's), or the budget's count.
 
 For prefill: decoding steps are dense. The paper also searches a p for each head offline; here p is one, or fitted to the budget.
@@ -26,6 +26,7 @@ from .scores import query_rows
 class Antidiagonals(BlockAttention):
     """The score; queries and keys that fill up a tile count as zeros."""
 
+    wants = ("cache",)
     prefill_only = True
     stride: int
 

@@ -24,6 +24,8 @@ def visible(T: int, S: int) -> int:
 class ByLines(BlockAttention):
     """Write `lines_of`; `choose` must say the same."""
 
+    wants = ("cache",)
+
     def lines_of(self, q_BHTD: Tensor, k_BGSD: Tensor) -> tuple[Tensor, Tensor]:
         """(keys [B, H, S], distances [B, H, S]) bool that all queries of a causal prefill attend to; logits are q k / sqrt(D)."""
         raise NotImplementedError

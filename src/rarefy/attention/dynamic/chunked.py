@@ -43,6 +43,7 @@ class Chunked(Fitted):
 
     name = "attention/chunked"
     unit = "column or diagonal"
+    wants = ("cache",)
     prefill_only = True
     cells_H: Tensor
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from ...method import fraction
 from ...selection import kept
 from ..heads import per_head
-from .fitted import Fitted
+from .ranked import Ranked
 
 
-class DoubleSparsity(Fitted):
+class DoubleSparsity(Ranked):
     """Top keys by q . k over calibrated channels.
 
     One choice of channels a key head, over all its query heads. The mean of |q_c k_c| is taken over all pairs of a position's q and
@@ -32,9 +32,6 @@ class DoubleSparsity(Fitted):
     """
 
     name = "attention/double_sparsity"
-    unit = "key"
-    by_query = True
-    wants = ("cache",)
     labels_GD: Tensor
 
     def __init__(self, budget: float = 0.25, channels: float = 0.25) -> None:
@@ -64,11 +61,10 @@ class DoubleSparsity(Fitted):
         at_GR = self._channels()
         return k_BGSD.gather(-1, at_GR[None, :, None].expand(k_BGSD.shape[0], -1, k_BGSD.shape[2], -1))
 
-    def scores(self, q_BHTD: Tensor, k_BGSD: Tensor, rows: int, causal: bool) -> Tensor:
-        """sum over the channels of q_c k_c."""
+    def low(self, q_BHTD: Tensor) -> Tensor:
+        """The queries' labels."""
         at_HR = per_head(self._channels()[None], q_BHTD.shape[1])[0]
-        q_BHTR = q_BHTD.gather(-1, at_HR[None, :, None].expand(*q_BHTD.shape[:1], -1, q_BHTD.shape[2], -1))
-        return q_BHTR @ per_head(self.summary(k_BGSD), q_BHTD.shape[1]).mT
+        return q_BHTD.gather(-1, at_HR[None, :, None].expand(q_BHTD.shape[0], -1, q_BHTD.shape[2], -1))
 
     def selection_flops(self, heads: int, width: int, keys: float) -> float:
         """A product over the channels kept."""

@@ -53,6 +53,7 @@ class FlexPrefill(TopP):
     """
 
     name = "attention/flex_prefill"
+    wants = ("cache",)
     prefill_only = True
 
     def __init__(self, budget: float = 0.25, block: int = 64, dial: float = 0.0, tau: float = 0.1) -> None:

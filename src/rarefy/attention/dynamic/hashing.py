@@ -7,31 +7,32 @@ Shape letters: B = batch, H = query heads, G = key heads, T = queries, S = keys,
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-from ..heads import per_head
+from ...kernels.block_attention.agree import narrowest
 
 
 def planes(D: int, tables: int, bits: int, seed: int, like: Tensor) -> Tensor:
     """[D, L K] normals of the hyperplanes, the same for every head, in the dtype and on the device of `like`."""
-    return torch.randn(D, tables * bits, generator=torch.Generator().manual_seed(seed)).to(like)
+    return _drawn(D, tables * bits, seed).to(like)
+
+
+@lru_cache(maxsize=8)
+def _drawn(D: int, X: int, seed: int) -> Tensor:
+    """Kept for the next step."""
+    return torch.randn(D, X, generator=torch.Generator().manual_seed(seed))
 
 
 def codes(x: Tensor, planes_DX: Tensor, bits: int) -> Tensor:
-    """[..., L] int32 bucket of each vector [..., D] in each table; autocast must not round what decides about a side."""
+    """[..., L] bucket of each vector [..., D] in each table, in the smallest whole numbers; autocast must not round what decides about a side."""
     with torch.autocast(x.device.type, enabled=False):
         side = (x @ planes_DX > 0).unflatten(-1, (-1, bits))
-    return (side * 2 ** torch.arange(bits, device=x.device)).sum(-1).int()
-
-
-def collisions(code_BHTL: Tensor, code_BGSL: Tensor) -> Tensor:
-    """[B, H, T, S] int16: tables in which a query and a key share their bucket."""
-    code_BHSL = per_head(code_BGSL, code_BHTL.shape[1])
-    count = torch.zeros(*code_BHTL.shape[:3], code_BHSL.shape[2], dtype=torch.int16, device=code_BHTL.device)
-    for table in range(code_BHTL.shape[-1]):
-        count += code_BHTL[..., table, None] == code_BHSL[..., None, :, table]
-    return count
+    kind = torch.uint8 if bits <= 8 else torch.int32
+    place = 2 ** torch.arange(bits, device=x.device, dtype=kind)
+    return (side.to(kind) * place).sum(-1, dtype=kind).to(narrowest(bits))
 
 
 def share_two(cosine: Tensor, bits: int, tables: int) -> Tensor:

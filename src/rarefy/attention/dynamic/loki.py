@@ -16,10 +16,10 @@ from torch import Tensor
 from ...method import fraction
 from ...selection import kept
 from ..heads import per_head
-from .fitted import Fitted
+from .ranked import Ranked
 
 
-class Loki(Fitted):
+class Loki(Ranked):
     """Top keys by q . k over principal components of the keys, as they are after rotation by position.
 
     Args:
@@ -28,9 +28,6 @@ class Loki(Fitted):
     """
 
     name = "attention/loki"
-    unit = "key"
-    by_query = True
-    wants = ("cache",)
     basis_GDD: Tensor
 
     def __init__(self, budget: float = 0.25, rank: float = 0.25) -> None:
@@ -59,10 +56,9 @@ class Loki(Fitted):
         """[B, G, S, R] first components of each key."""
         return k_BGSD @ self._first(k_BGSD.shape[-1]).to(k_BGSD.dtype)
 
-    def scores(self, q_BHTD: Tensor, k_BGSD: Tensor, rows: int, causal: bool) -> Tensor:
-        """Products of first components."""
-        basis_HDR = per_head(self._first(q_BHTD.shape[-1])[None], q_BHTD.shape[1])[0].to(q_BHTD.dtype)
-        return (q_BHTD @ basis_HDR) @ per_head(self.summary(k_BGSD), q_BHTD.shape[1]).mT
+    def low(self, q_BHTD: Tensor) -> Tensor:
+        """First components of the queries, in the basis of the keys they meet."""
+        return q_BHTD @ per_head(self._first(q_BHTD.shape[-1])[None], q_BHTD.shape[1])[0].to(q_BHTD.dtype)
 
     def selection_flops(self, heads: int, width: int, keys: float) -> float:
         """A product over the components kept, and the turn of the query."""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ...errors import BadInput
+from ...kernels.block_attention.agree import agreements
 from ...method import not_negative, positive
-from .hashing import codes, collisions, planes
+from .hashing import codes, planes
 from .rules import Levels
 
 
@@ -48,14 +49,18 @@ class LSH(Levels):
 
     def scores(self, q_BHTD: Tensor, k_BGSD: Tensor, rows: int, causal: bool) -> Tensor:
         """[B, H, T, S] rounds in which a pair agrees."""
-        normal = planes(q_BHTD.shape[-1], self.rounds, self.bits, self.seed, q_BHTD)
+        return agreements(self.describe(q_BHTD), self.summary(k_BGSD)).to(torch.float32)
+
+    def describe(self, k_BGSD: Tensor) -> Tensor:
+        """[B, G, S, rounds] buckets; queries are hashed as keys are."""
+        return codes(k_BGSD, planes(k_BGSD.shape[-1], self.rounds, self.bits, self.seed, k_BGSD), self.bits)
+
+    def summary(self, k_BGSD: Tensor) -> Tensor:
+        """`describe`; where the layer's cache keeps summaries, of new keys alone."""
         keep = getattr(self._cache, "summary", None)
-
-        def hashed(k: Tensor) -> Tensor:
-            return codes(k, normal, self.bits)
-
-        code_k = hashed(k_BGSD) if keep is None else keep(f"{self.name}/{self.rounds}/{self.bits}/{self.seed}", hashed, 1)
-        return collisions(codes(q_BHTD, normal, self.bits), code_k).to(torch.float32)
+        if keep is None or self._described is not None:
+            return super().summary(k_BGSD)
+        return keep(f"{self.name}/{self.rounds}/{self.bits}/{self.seed}", self.describe, 1)
 
     def selection_flops(self, heads: int, width: int, keys: float) -> float:
         """Hashes of the query and of one new key; comparing buckets is whole-number work."""

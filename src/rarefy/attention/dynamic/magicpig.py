@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from ...errors import BadInput
-from ...kernels.block_attention import token_attention
+from ...kernels.block_attention import available, token_attention
+from ...kernels.block_attention.agree import agreements
+from ...kernels.block_attention.listed import listed_products
 from ...method import not_negative, positive
-from ..block import TokenAttention
+from ..block import AT_ONCE, TokenAttention
 from ..heads import per_head
 from ..trained.base import listed
-from .hashing import codes, collisions, planes, share_two
+from .hashing import codes, planes, share_two
 
 
 class MagicPIG(TokenAttention):
@@ -50,6 +52,7 @@ class MagicPIG(TokenAttention):
             raise BadInput(f"sinks={sinks} must be >= 0")
         self.sinks, self.window, self.centre = sinks, positive("window", window), positive("centre", centre)
         self.seed = int(not_negative("seed", seed))
+        self._whole: dict[str, Tensor] = {}
 
     def exact(self, T: int, S: int, causal: bool, like: Tensor) -> Tensor:
         """[T, S] bool: pairs that are attended to whatever the hashes say."""
@@ -60,14 +63,22 @@ class MagicPIG(TokenAttention):
 
     def drawn(self, q_BHTD: Tensor, k_BGSD: Tensor) -> Tensor:
         """[B, H, T, S] bool: pairs that share their bucket in two tables or more."""
-        normal, centre = planes(q_BHTD.shape[-1], self.tables, self.bits, self.seed, q_BHTD), self._centre(k_BGSD)
+        normal = planes(q_BHTD.shape[-1], self.tables, self.bits, self.seed, q_BHTD)
+        return agreements(codes(q_BHTD, normal, self.bits), self._known("codes", k_BGSD)) >= 2
 
-        def hashed(k: Tensor) -> Tensor:
-            return codes(k - centre, normal, self.bits)
+    def _known(self, what: str, k_BGSD: Tensor) -> Tensor:
+        """Codes [B, G, S, L] of the keys about their centre, or their distances from it [B, G, S]; of new keys alone where the cache keeps them."""
+        if what in self._whole:
+            return self._whole[what][:, :, : k_BGSD.shape[2]]
+        centre = self._centre(k_BGSD)
+
+        def make(k: Tensor) -> Tensor:
+            moved = k - centre
+            return moved.norm(dim=-1) if what == "norms" else codes(moved, planes(k.shape[-1], self.tables, self.bits, self.seed, k), self.bits)
 
         keep = getattr(self._cache, "summary", None)
-        code_k = hashed(k_BGSD) if keep is None else keep(f"{self.name}/{self.bits}/{self.tables}/{self.seed}/{self.centre}", hashed, 1)
-        return collisions(codes(q_BHTD, normal, self.bits), code_k) >= 2
+        label = f"{self.name}/{what}/{self.bits}/{self.tables}/{self.seed}/{self.sinks}/{self.centre}"
+        return make(k_BGSD) if keep is None else keep(label, make, 1)
 
     def _centre(self, k_BGSD: Tensor) -> Tensor:
         return k_BGSD[:, :, min(self.sinks, self.centre - 1) : self.centre].mean(2, keepdim=True)
@@ -85,25 +96,43 @@ class MagicPIG(TokenAttention):
     def log_weights(self, q_BHTD: Tensor, k_BHTXD: Tensor, centre_BGD: Tensor, exact_BHTX: Tensor) -> Tensor:
         """[B, H, T, X] -log u of drawn keys, 0 of those attended to exactly. A graph of its own: gradients go through u too."""
         moved = k_BHTXD - per_head(centre_BGD, q_BHTD.shape[1]).unsqueeze(3)
-        cosine = torch.cosine_similarity(q_BHTD[..., None, :].double(), moved.double(), -1)
+        wide = torch.promote_types(q_BHTD.dtype, torch.float32)
+        cosine = torch.cosine_similarity(q_BHTD[..., None, :].to(wide), moved.to(wide), -1)
         odds = share_two(cosine.masked_fill(exact_BHTX, 0.0), self.bits, self.tables)
         return torch.where(exact_BHTX, 0.0, -odds.clamp_min(1e-30).log()).to(torch.promote_types(q_BHTD.dtype, torch.float32))
+
+    def _log_weights(self, q: Tensor, k: Tensor, index: Tensor, exact_TS: Tensor) -> Tensor:
+        """`log_weights` of listed keys without their vectors: cos(q, k - c) = (q k - q c) / (|q| |k - c|)."""
+        H, at = q.shape[1], index.clamp_min(0)
+        sure = exact_TS.expand(*q.shape[:2], -1, -1).gather(3, at)
+        across = (q * per_head(self._centre(k), H)).sum(-1, keepdim=True)
+        far = per_head(self._known("norms", k), H)[:, :, None].expand(-1, -1, q.shape[2], -1).gather(3, at)
+        cosine = (listed_products(q, k, at) - across) / (q.norm(dim=-1, keepdim=True) * far).clamp_min(1e-12)
+        odds = share_two(cosine.masked_fill(sure, 0.0), self.bits, self.tables)
+        return torch.where(sure, 0.0, -odds.clamp_min(1e-30).log()).float()
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
         if not q.numel():
             return torch.zeros_like(q)
         (B, H, T, D), S = q.shape, k.shape[2]
+        if causal and T > AT_ONCE and S > self.centre:
+            try:
+                self._whole = {what: self._known(what, k.detach()) for what in ("codes", "norms")}
+                return self._attend_in_turn(q, k, v, scale)
+            finally:
+                self._whole = {}
         self._shape = (H, D, S, T)
         mask = self._chosen(q, k, v, causal)
         self._count(mask, T, S, causal)
         index, centre, exact = listed(mask), self._centre(k), self.exact(T, S, causal, q)
         at = index.clamp_min(0)
-        keys = per_head(k, H)
-        bias = []
+        if available(q, k, v):
+            return token_attention(q, k, v, index, scale=scale, bias_BHTK=self._log_weights(q, k, index, exact))
+        batch, head, bias = torch.arange(B, device=q.device)[:, None, None, None], torch.arange(H, device=q.device)[:, None, None], []
         step = max(1, (1 << 21) // max(1, B * H * index.shape[-1] * D))
         for start in range(0, T, step):
             cut = at[:, :, start : start + step]
-            near = keys.gather(2, cut.flatten(2)[..., None].expand(-1, -1, -1, D)).unflatten(2, cut.shape[2:])
+            near = k[batch, head // (H // k.shape[1]), cut]
             sure = exact[start : start + step].expand(B, H, -1, -1).gather(3, cut)
             bias.append(self.log_weights(q[:, :, start : start + step], near, centre, sure))
         return token_attention(q, k, v, index, scale=scale, bias_BHTK=torch.cat(bias, 2))

@@ -109,19 +109,29 @@ class MInference(ByLines, Fitted):
         back = ((kind_H1 == 0) & (at_S <= a_reach(T, S, self._budget, self.sinks))).expand(B, H, S)
         if not (kind_H1 == 1).any():
             return column, back
-        return tuple(x | y & (kind_H1 == 1) for x, y in zip((column, back), self.lines.lines_of(q_BHTD, k_BGSD), strict=True))  # type: ignore[return-value]
+        column, back = column.clone(), back.clone()
+        at, group = self._heads(1, H // k_BGSD.shape[1])
+        column[:, at], back[:, at] = self.lines.lines_of(q_BHTD[:, at], k_BGSD[:, group])
+        return column, back
+
+    def _heads(self, kind: int, share: int) -> tuple[Tensor, Tensor]:
+        """Query heads of a pattern, and the key head of each."""
+        at = (self.pattern_H == kind).nonzero()[:, 0]
+        return at, at // share
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
         if not self.by_lines(q, k, v, causal):
             return super()._attend(q, k, v, scale, causal)
         self._fits(q, k)
         out, T, S = super()._attend(q, k, v, scale, causal), q.shape[2], k.shape[2]
-        pools_H = self.pattern_H == 2
-        if not pools_H.any():
+        at, group = self._heads(2, q.shape[1] // k.shape[1])
+        if not len(at):
             return out
-        chosen = self.blocks.choose(q * (scale * q.shape[3] ** 0.5), k, True) & pools_H[:, None, None]
+        q, k, v = q[:, at], k[:, group], v[:, group]
+        chosen = self.blocks.choose(q * (scale * q.shape[3] ** 0.5), k, True)
         self._kept += float((chosen * BlockMask(chosen, None, None, self.side, self.side).visible(T, S, True)).sum())
-        return out + block_attention(q, k, v, chosen, block=self.side, query_block=self.side, scale=scale)     # zeros in heads of the other kind
+        out[:, at] = block_attention(q, k, v, chosen, block=self.side, query_block=self.side, scale=scale)
+        return out
 
     def selection_flops(self, heads: int, width: int, keys: float) -> float:
         """The probing queries of the heads that probe, and the pooled products of those that pool."""

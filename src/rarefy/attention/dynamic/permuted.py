@@ -34,6 +34,7 @@ class PermutedBlocks(TopP):
     """
 
     name = "attention/permuted_blocks"
+    wants = ("cache",)
     prefill_only = True
 
     def __init__(

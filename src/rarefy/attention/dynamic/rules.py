@@ -9,6 +9,7 @@ Shape letters as in scores.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ...errors import BadInput
 from ...kernels.block_attention import BlockMask
+from ...kernels.block_attention.reach import reach
 from ...method import not_negative
 from .fitted import Fitted
 
@@ -114,6 +116,21 @@ class TopP(Levels):
     def level_of(self, dial: float) -> float:
         """-log(1 - p)."""
         return float(-torch.log1p(torch.tensor(-dial, dtype=torch.float64)))
+
+    def choose(self, q_BHTD: Tensor, k_BGSD: Tensor, causal: bool) -> Tensor:
+        """As Levels; in float32 a row's mass is gone through digit by digit and not sorted."""
+        if type(self).reached is not Levels.reached or type(self).levels is not TopP.levels or q_BHTD.dtype != torch.float32:
+            return super().choose(q_BHTD, k_BGSD, causal)
+        rows = self._rows(q_BHTD.shape[2])
+        raw = self.scores(q_BHTD.detach(), k_BGSD.detach(), rows, causal)
+        score, _ = self.bounded(raw, q_BHTD.shape[2], k_BGSD.shape[2], rows, causal)
+        seen, always = score > -torch.inf, score == torch.inf
+        return self.reach(raw.masked_fill(~seen, -torch.inf), always, rows) & seen
+
+    def reach(self, score_BHQN: Tensor, always_BHQN: Tensor, rows: int) -> Tensor:
+        """[B, H, Q, N] bool: what `levels` puts at or below the dial."""
+        mass = score_BHQN.to(torch.promote_types(score_BHQN.dtype, torch.float32)).softmax(-1).nan_to_num(0.0)
+        return reach(mass, always_BHQN, math.exp(-self.at(rows)) if self.at(rows) > -700 else math.inf)
 
     def levels(self, score_BHQN: Tensor, always_BHQN: Tensor) -> Tensor:
         """-log(mass from here on), in falling order of mass, what is always kept before the rest."""

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ...kernels.block_attention import blocks_of
 from ...method import fraction, positive
+from ..heads import per_head
 from .by_lines import ByLines
 from .rules import TopP, tail_levels
 from .scores import logits
 
-AT_ONCE = 64
+AT_ONCE = 32
 """Sampled queries whose attention is held at a time."""
 
 
@@ -44,14 +45,15 @@ class SampleAttention(ByLines, TopP):
         """[B, H, S] attention of the sampled queries to each key, a mean over those that see it."""
         T, S = q_BHTD.shape[2], k_BGSD.shape[2]
         at_Z = torch.arange(T - 1, -1, -self.every, device=q_BHTD.device).flip(0)
-        at_S, total, count_S = torch.arange(S, device=q_BHTD.device), 0.0, 0
-        for some_Z in at_Z.split(AT_ONCE):
-            score = logits(q_BHTD[:, :, some_Z], k_BGSD)
-            score = score.to(torch.promote_types(score.dtype, torch.float32))
-            seen_ZS = at_S <= (S - T + some_Z if causal else torch.full_like(some_Z, S))[:, None]
-            total = total + score.masked_fill(~seen_ZS, -torch.inf).softmax(-1).sum(2)
-            count_S = count_S + seen_ZS.sum(0)
-        return total / torch.as_tensor(count_S).clamp_min(1)
+        wide, k = torch.promote_types(q_BHTD.dtype, torch.float32), per_head(k_BGSD, q_BHTD.shape[1])
+        at_S, last_Z = torch.arange(S, device=q_BHTD.device), S - T + at_Z if causal else torch.full_like(at_Z, S - 1)
+        total_BHS = q_BHTD.new_zeros(*q_BHTD.shape[:2], S, dtype=wide)
+        for some_Z, seen_Z in zip(at_Z.split(AT_ONCE), last_Z.split(AT_ONCE), strict=True):
+            first, end = int(seen_Z[0]) + 1, int(seen_Z[-1]) + 1                           # keys that all of them see, and that one does
+            score = logits(q_BHTD[:, :, some_Z], k[:, :, :end]).to(wide)
+            hidden = score[..., first:].masked_fill(at_S[first:end] > seen_Z[:, None], -torch.inf)
+            total_BHS[..., :end] += torch.cat((score[..., :first], hidden), -1).softmax(-1).sum(2)
+        return total_BHS / (len(at_Z) - torch.searchsorted(last_Z, at_S)).clamp_min(1)
 
     def reached(self, q_BHTD: Tensor, k_BGSD: Tensor, rows: int, causal: bool) -> tuple[Tensor, Tensor]:
         """A column's level for every query; -inf in the window."""

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ...kernels.block_attention.agree import agreements
 from ...method import not_negative, positive
 from ..block import TokenAttention
 from ..heads import per_head
 from ..trained.base import listed
-from .hashing import codes, collisions, planes
+from .hashing import codes, planes
 from .scores import later
 
 STRETCH = 64
@@ -52,7 +53,7 @@ class Scatterbrain(TokenAttention):
     def scores(self, q_BHTD: Tensor, k_BGSD: Tensor, rows: int, causal: bool) -> Tensor:
         """[B, H, T, S] rounds in which a pair agrees, and less than one for being new."""
         normal = planes(q_BHTD.shape[-1], self.rounds, self.bits, self.seed, q_BHTD)
-        match = collisions(codes(q_BHTD, normal, self.bits), codes(k_BGSD, normal, self.bits))
+        match = agreements(codes(q_BHTD, normal, self.bits), codes(k_BGSD, normal, self.bits))
         return match.double() + torch.arange(k_BGSD.shape[2], device=match.device, dtype=torch.float64) * 2.0**-40
 
     def logs(self, x: Tensor, scale: float) -> Tensor:

@@ -16,7 +16,7 @@ from ..heads import per_head
 
 def logits(q_BHTD: Tensor, k_BGSD: Tensor) -> Tensor:
     """[B, H, T, S] q k / sqrt(D)."""
-    return q_BHTD @ per_head(k_BGSD, q_BHTD.shape[1]).mT * q_BHTD.shape[-1] ** -0.5
+    return (q_BHTD * q_BHTD.shape[-1] ** -0.5) @ per_head(k_BGSD, q_BHTD.shape[1]).mT
 
 
 def later(T: int, S: int, like: Tensor) -> Tensor:

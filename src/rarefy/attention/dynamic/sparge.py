@@ -39,6 +39,7 @@ class SpargeAttention(TopP):
     """
 
     name = "attention/sparge"
+    wants = ("cache",)
 
     def __init__(
         self, budget: float = 0.25, block: int = 16, query_block: int = 1, dial: float = 0.0, theta: float = 0.0, skip: float = 0.0,
@@ -56,10 +57,15 @@ class SpargeAttention(TopP):
         there = query_rows(torch.ones_like(q_BHTD[..., :1]), S, rows, 0.0)
         return held.sum(3) / there.sum(3), likeness(held, there) >= self.theta
 
+    def describe(self, k_BGSD: Tensor) -> Tensor:
+        """[B, G, N, D + 1] mean key of each block, and how alike its keys are."""
+        there = key_blocks(torch.ones_like(k_BGSD[..., :1]), self.block)
+        return torch.cat((key_means(k_BGSD, self.block), likeness(key_blocks(k_BGSD, self.block), there)[..., None]), -1)
+
     def scores(self, q_BHTD: Tensor, k_BGSD: Tensor, rows: int, causal: bool) -> Tensor:
         """Products of means / sqrt(D)."""
         mean_BHQD, _ = self.pooled(q_BHTD, k_BGSD.shape[2], rows)
-        return mean_BHQD @ per_head(key_means(k_BGSD, self.block), q_BHTD.shape[1]).mT * q_BHTD.shape[-1] ** -0.5
+        return mean_BHQD @ per_head(self.summary(k_BGSD)[..., :-1], q_BHTD.shape[1]).mT * q_BHTD.shape[-1] ** -0.5
 
     def levels(self, score_BHQN: Tensor, always_BHQN: Tensor) -> Tensor:
         """-log(mass lighter than a block), by mass alone; a level off the scale counts as its end, so that a fitted dial can reach it."""
@@ -69,8 +75,7 @@ class SpargeAttention(TopP):
     def reached(self, q_BHTD: Tensor, k_BGSD: Tensor, rows: int, causal: bool) -> tuple[Tensor, Tensor]:
         """As `levels` says, with unlike blocks at -inf; pooled attention is of the blocks that are alike, a query's own among them."""
         H, S = q_BHTD.shape[1], k_BGSD.shape[2]
-        there = key_blocks(torch.ones_like(k_BGSD[..., :1]), self.block)
-        unlike_BHN = per_head(likeness(key_blocks(k_BGSD, self.block), there) < self.theta, H)
+        unlike_BHN = per_head(self.summary(k_BGSD)[..., -1] < self.theta, H)
         _, alike_BHQ = self.pooled(q_BHTD, S, rows)
         raw = self.scores(q_BHTD, k_BGSD, rows, causal)
         score, _ = self.bounded(raw, q_BHTD.shape[2], S, rows, causal)

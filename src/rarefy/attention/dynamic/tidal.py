@@ -31,6 +31,7 @@ class Tidal(TokenAttention):
     """
 
     name = "attention/tidal"
+    wants = ("cache",)
     serves_all = True
 
     def __init__(self, budget: float = 0.25, dense: int = 2, every: int = 14) -> None:

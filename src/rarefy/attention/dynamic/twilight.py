@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from ...errors import BadInput
+from ...kernels.block_attention import available, page_meta, page_scores
+from ...kernels.block_attention.listed import listed_products
 from ...method import positive
 from ..block import highest
 from ..heads import per_head
+from ..trained.base import listed
 from .rules import TopP
-from .scores import bounds, page_bounds
+from .scores import bounds
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:
@@ -54,10 +57,23 @@ class Twilight(TopP):
         """[B, G, S, D] keys in few bits."""
         return rounded(k_BGSD, self.bits)
 
+    def page_scores(self, q_BHTD: Tensor, k_BGSD: Tensor) -> Tensor:
+        """[B, H, T, pages] largest product that a page's keys can have; where the layer's cache keeps summaries, bounds are of new pages alone."""
+        keep = getattr(self._cache, "summary", None)
+
+        def made(k: Tensor) -> Tensor:
+            return page_meta(k, self.page)
+
+        meta = made(k_BGSD) if keep is None else keep(f"{self.name}/pages/{self.page}", made, self.page)
+        if q_BHTD.shape[2] == 1 and available(q_BHTD, meta):
+            return page_scores(q_BHTD, k_BGSD, self.page, meta)
+        high, low = meta.chunk(2, -1)
+        return bounds(q_BHTD, low, high)
+
     def candidates(self, q_BHTD: Tensor, k_BGSD: Tensor, causal: bool) -> Tensor:
         """[B, H, T, S] bool: keys of the pages with the highest bounds, a query's own page among them."""
         T, S = q_BHTD.shape[2], k_BGSD.shape[2]
-        bound = bounds(q_BHTD, *page_bounds(k_BGSD, self.page))
+        bound = self.page_scores(q_BHTD, k_BGSD)
         at_T, N = torch.arange(S - T, S, device=bound.device), bound.shape[-1]
         own_T = at_T // self.page if causal else torch.full_like(at_T, N - 1)
         page_N = torch.arange(N, device=bound.device)
@@ -72,6 +88,21 @@ class Twilight(TopP):
         """Estimated logits of candidates, -inf elsewhere."""
         score = q_BHTD @ per_head(self.summary(k_BGSD), q_BHTD.shape[1]).mT * q_BHTD.shape[-1] ** -0.5
         return score.masked_fill(~self.candidates(q_BHTD, k_BGSD, causal), -torch.inf)
+
+    def choose(self, q_BHTD: Tensor, k_BGSD: Tensor, causal: bool) -> Tensor:
+        """As TopP; a step estimates the weights of its candidates alone."""
+        (B, H, T, D), S = q_BHTD.shape, k_BGSD.shape[2]
+        if T > 1 or self.at(1) == torch.inf:
+            if self.at(1) == torch.inf or q_BHTD.dtype != torch.float32:
+                return super().choose(q_BHTD, k_BGSD, causal)
+            own, visible = self._visible(q_BHTD, k_BGSD, causal)
+            score = self.scores(q_BHTD.detach(), k_BGSD.detach(), 1, causal).masked_fill(~visible, -torch.inf)
+            return self.reach(score, own == torch.inf, 1) & visible
+        q, key = q_BHTD.detach(), listed(self.candidates(q_BHTD.detach(), k_BGSD.detach(), causal))[:, :, 0]     # [B, H, X], -1 behind the last
+        score = listed_products(q, self.summary(k_BGSD.detach()), key[:, :, None])[:, :, 0] * D**-0.5
+        own = key == S - 1 if causal else torch.zeros_like(key, dtype=torch.bool)
+        kept = torch.where(self.reach(score, own, 1) & (key >= 0), key, S)
+        return torch.zeros(B, H, 1, S + 1, dtype=torch.bool, device=q.device).scatter_(3, kept[:, :, None], True)[..., :S]
 
     def reached(self, q_BHTD: Tensor, k_BGSD: Tensor, rows: int, causal: bool) -> tuple[Tensor, Tensor]:
         """Levels of candidates; what is no candidate lies beyond every dial but that of budget 1."""

@@ -36,6 +36,15 @@ class Run(Pattern):
         inside = (k >= first) & (k <= last)
         return inside if self._every == 1 else inside & ((q - k - self._offset) % self._every == 0)
 
+    def row(self, at: int, scene: Scene) -> Tensor:
+        first, last = (int(end) for end in self._span(torch.tensor([at]), scene))
+        first = max(first, 0)
+        last = min(last, FAR if scene.length is None else scene.length - 1)
+        if last >= FAR:
+            raise BadInput(f"{self.text} has no last key in coordinates without an end")
+        first += (at - first - self._offset) % self._every
+        return torch.arange(first, max(first, last + 1), self._every)
+
     def bounds(self, grid: Grid) -> Bounds:
         first, last = self._span(grid.q.at, grid.scene)
         low, high = grid.k.low, grid.k.high
@@ -92,15 +101,25 @@ class Marked(Pattern):
         mark: (coordinates, scene) -> bool.
         side: "key" or "query".
         needs: tables that `mark` reads.
+        places: (length) -> marked coordinates below it, where that can be told without looking at all.
     """
 
-    def __init__(self, text: str, mark: Callable[[Tensor, Scene], Tensor], side: str, needs: Sequence[Need] = ()) -> None:
+    def __init__(
+        self, text: str, mark: Callable[[Tensor, Scene], Tensor], side: str, needs: Sequence[Need] = (),
+        places: Callable[[int], Tensor] | None = None,
+    ) -> None:
         super().__init__(text, needs=needs)
-        self._mark, self._side = mark, side
+        self._mark, self._side, self._places = mark, side, places
 
     def holds(self, q: Tensor, k: Tensor, scene: Scene) -> Tensor:
         mine, other = (k, q) if self._side == "key" else (q, k)
         return self._mark(mine, scene) & torch.ones_like(other, dtype=torch.bool)
+
+    def row(self, at: int, scene: Scene) -> Tensor:
+        length = scene.size(self.text)
+        if self._side == "query":
+            return torch.arange(length if bool(self._mark(torch.tensor([at]), scene)) else 0)
+        return self._mark(torch.arange(length), scene).nonzero()[:, 0] if self._places is None else self._places(length)
 
     def _hit(self, grid: Grid) -> Tensor:
         return self._mark((grid.k if self._side == "key" else grid.q).at, grid.scene)
@@ -120,11 +139,26 @@ class Listed(Pattern):
     Args:
         pairs: (scene) -> [E, 2] query and key coordinates; of any order, repeats allowed, negative ones left out.
         needs: tables that `pairs` reads.
+        keys: (query, scene) -> its keys, where a list of all pairs is more than it takes; negative ones are left out.
     """
 
-    def __init__(self, text: str, pairs: Callable[[Scene], Tensor], needs: Sequence[Need] = ()) -> None:
+    def __init__(
+        self, text: str, pairs: Callable[[Scene], Tensor], needs: Sequence[Need] = (), keys: Callable[[int, Scene], Tensor] | None = None,
+    ) -> None:
         super().__init__(text, needs=needs)
-        self._pairs = _kept(lambda scene: _sorted(pairs(scene)))
+        self._pairs, self._keys = _kept(lambda scene: _sorted(pairs(scene))), keys
+
+    def listed(self, scene: Scene) -> Tensor:
+        """[E] query << 31 | key of each pair, rising, each once."""
+        return self._pairs(scene)
+
+    def row(self, at: int, scene: Scene) -> Tensor:
+        if self._keys is None:
+            listed = self._pairs(scene)
+            key = listed[slice(*torch.searchsorted(listed, torch.tensor([at << 31, at + 1 << 31])).tolist())] & 0x7FFFFFFF
+        else:
+            key = self._keys(at, scene)
+        return key[(key >= 0) & (key < scene.size(self.text))]
 
     def holds(self, q: Tensor, k: Tensor, scene: Scene) -> Tensor:
         listed = self._pairs(scene)
@@ -178,9 +212,12 @@ def _kept(make: Callable[[Scene], Tensor]) -> Callable[[Scene], Tensor]:
     last: list[tuple[Scene, Tensor]] = []
 
     def asked(scene: Scene) -> Tensor:
-        if not last or last[0][0].length != scene.length or last[0][0].tables is not scene.tables:
-            last[:] = [(scene, make(scene))]
-        return last[0][1]
+        held = last[:]                                      # another thread may ask at another length in between
+        if held and held[0][0].length == scene.length and held[0][0].tables is scene.tables:
+            return held[0][1]
+        made = make(scene)
+        last[:] = [(scene, made)]
+        return made
 
     return asked
 

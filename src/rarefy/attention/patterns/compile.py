@@ -16,13 +16,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...errors import BadInput
 from ...kernels.block_attention.mask import BlockMask, blocks_of
 from ...method import positive
 from .atoms import FAR, Run
 from .grid import Coords, Grid, Scene, classes, code
-from .pattern import Both, Pattern
+from .pattern import Both, Need, Pattern
 
 STRIP = 1 << 22
 """Tiles looked at at once."""
@@ -40,7 +41,7 @@ class _Cut(NamedTuple):
     tiles_PRM: Tensor
 
 
-class _Frame(NamedTuple):
+class Frame(NamedTuple):
     """Sequence and tile sizes."""
 
     T: int
@@ -60,11 +61,57 @@ def compiled(
     positive("query_block", query_block)
     if not 0 <= T <= S:
         raise BadInput(f"T={T} queries at the end of S={S} keys: T must be in 0..S")
-    frame = _Frame(T, S, block, query_block, causal)
-    one_H = tuple(pattern.at(h, heads, layer) for h in range(heads)) if pattern.by_head else (pattern.at(0, heads, layer),)
-    needs = frozenset().union(*(one.reads() for one in one_H))
+    frame, (one_H, needs) = Frame(T, S, block, query_block, causal), of_heads(pattern, heads, layer)
     if not needs:
         return (_step if T == 1 else _static)(one_H, frame)
+    made = [merged(one_H, frame, scene) for scene in scenes(pattern, needs, S, tables)]
+    return made[0] if len(made) == 1 else stacked(made, frame)
+
+
+@torch.compiler.disable()
+def newest(pattern: Pattern, S: int, *, heads: int = 1, layer: int = 0, tables: Mapping[str, Tensor] | None = None) -> Tensor:
+    """[b, h, 1, K] positions of the keys that the newest of S queries attends to, rising, -1 behind the last; b and h are 1 where all share.
+
+    Atoms name the keys of one query, so that a decoding step costs what it keeps and not what it could see.
+
+    Raises:
+        BadInput: as `Pattern.block_mask`.
+    """
+    one_H, needs = of_heads(pattern, heads, layer)
+    if not needs:
+        return _newest(one_H, S)
+    made = [_rows(one_H, scene) for scene in scenes(pattern, needs, S, tables)]
+    K = max(index.shape[-1] for index in made)
+    return torch.cat([pad(index, (0, K - index.shape[-1]), value=-1) for index in made])
+
+
+@lru_cache(maxsize=8)
+def _newest(one_H: tuple[Pattern, ...], S: int) -> Tensor:
+    """Kept for the other layers of a step."""
+    return _rows(one_H, Scene(S))
+
+
+def _rows(one_H: tuple[Pattern, ...], scene: Scene) -> Tensor:
+    """[1, H or 1, 1, K]."""
+    S, rows = scene.size("a step"), {}
+    for one in dict.fromkeys(one_H):
+        keep_S = torch.zeros(S, dtype=torch.bool)
+        keep_S[one.row(S - 1, scene)] = True
+        rows[one] = keep_S.nonzero()[:, 0]
+    K = max(1, *map(len, rows.values()))
+    each = [rows[one] for one in (one_H if len(rows) > 1 else one_H[:1])]
+    return torch.stack([pad(row, (0, K - len(row)), value=-1) for row in each])[None, :, None]
+
+
+@lru_cache(maxsize=64)
+def of_heads(pattern: Pattern, heads: int, layer: int) -> tuple[tuple[Pattern, ...], frozenset[Need]]:
+    """(the pattern of each head, or of all; what they read)."""
+    one_H = tuple(pattern.at(h, heads, layer) for h in range(heads)) if pattern.by_head else (pattern.at(0, heads, layer),)
+    return one_H, frozenset().union(*(one.reads() for one in one_H))
+
+
+def scenes(pattern: Pattern, needs: frozenset[Need], S: int, tables: Mapping[str, Tensor] | None) -> list[Scene]:
+    """The tables of each sequence; one for all where none is of a batch."""
     given = {name: table.cpu() for name, table in (tables or {}).items()}
     batch = {need.name: len(given[need.name]) for need in needs if need.name in given and given[need.name].ndim == need.ndim + 1}
     if len(set(batch.values())) > 1:
@@ -76,22 +123,22 @@ def compiled(
             if need.name in mine and not need.fits(mine[need.name], S):
                 has = list(given[need.name].shape)
                 raise BadInput(f"{need.name!r} of {pattern} must have {need.wanted(S)}, or one dim more for a batch; it has shape {has}")
-        made.append(_merged(one_H, frame, Scene(S, mine)))
-    return made[0] if len(made) == 1 else _stacked(made, frame)
+        made.append(Scene(S, mine))
+    return made
 
 
 @lru_cache(maxsize=16)
-def _static(one_H: tuple[Pattern, ...], frame: _Frame) -> BlockMask:
-    return _merged(one_H, frame, Scene(frame.S))
+def _static(one_H: tuple[Pattern, ...], frame: Frame) -> BlockMask:
+    return merged(one_H, frame, Scene(frame.S))
 
 
 @lru_cache(maxsize=8)
-def _step(one_H: tuple[Pattern, ...], frame: _Frame) -> BlockMask:
+def _step(one_H: tuple[Pattern, ...], frame: Frame) -> BlockMask:
     """Decoding asks at another length each step: a store of its own, so that steps do not push prefills out."""
-    return _merged(one_H, frame, Scene(frame.S))
+    return merged(one_H, frame, Scene(frame.S))
 
 
-def _merged(one_H: tuple[Pattern, ...], frame: _Frame, scene: Scene) -> BlockMask:
+def merged(one_H: tuple[Pattern, ...], frame: Frame, scene: Scene) -> BlockMask:
     """[1, H or 1, Q, N], each distinct pattern cut once."""
     cuts = {one: _cut(one, frame, scene) for one in dict.fromkeys(one_H)}
     if len(cuts) == 1:
@@ -102,7 +149,7 @@ def _merged(one_H: tuple[Pattern, ...], frame: _Frame, scene: Scene) -> BlockMas
     return _distinct(blocks, number, torch.cat([cut.tiles_PRM for cut in cuts.values()]), frame)
 
 
-def _stacked(masks: list[BlockMask], frame: _Frame) -> BlockMask:
+def stacked(masks: list[BlockMask], frame: Frame) -> BlockMask:
     """One mask a sequence, as one of a batch."""
     h = max(mask.blocks.shape[1] for mask in masks)
     blocks, numbers, tiles, start = [], [], [], 0
@@ -117,7 +164,7 @@ def _stacked(masks: list[BlockMask], frame: _Frame) -> BlockMask:
     return _distinct(torch.cat(blocks), torch.cat(numbers), held, frame)
 
 
-def _distinct(blocks: Tensor, number: Tensor, tiles_PRM: Tensor, frame: _Frame) -> BlockMask:
+def _distinct(blocks: Tensor, number: Tensor, tiles_PRM: Tensor, frame: Frame) -> BlockMask:
     """Tiles of equal content under one number."""
     if not len(tiles_PRM):
         return BlockMask(blocks, None, None, frame.block, frame.query_block)
@@ -127,18 +174,19 @@ def _distinct(blocks: Tensor, number: Tensor, tiles_PRM: Tensor, frame: _Frame) 
     return BlockMask(blocks, number.int(), tiles_PRM[first], frame.block, frame.query_block)
 
 
-def _one(pattern: Pattern, frame: _Frame, scene: Scene) -> _Cut:
+def _one(pattern: Pattern, frame: Frame, scene: Scene) -> _Cut:
     """A single query, the newest: its row is short enough to look at pair by pair."""
     S, M = frame.S, frame.block
-    keep_S = pattern.holds(torch.tensor([[S - 1]]), torch.arange(S), scene).expand(1, S)[0]
-    filled = torch.nn.functional.pad(keep_S, (0, -S % M), value=True).view(-1, M)       # keys that do not exist do not make a block partial
-    some_N, all_N = torch.nn.functional.pad(keep_S, (0, -S % M)).view(-1, M).any(1), filled.all(1)
+    keep_S = torch.zeros(S, dtype=torch.bool)
+    keep_S[pattern.row(S - 1, scene)] = True
+    filled = pad(keep_S, (0, -S % M), value=True).view(-1, M)       # keys that do not exist do not make a block partial
+    some_N, all_N = pad(keep_S, (0, -S % M)).view(-1, M).any(1), filled.all(1)
     part_N = some_N & ~all_N
     number_N = torch.where(part_N, part_N.cumsum(0) - 1, -1).int()
     return _Cut(some_N[None], number_N[None], filled[part_N][:, None])
 
 
-def _cut(pattern: Pattern, frame: _Frame, scene: Scene) -> _Cut:
+def _cut(pattern: Pattern, frame: Frame, scene: Scene) -> _Cut:
     T, S, M, R, causal = frame
     if T == R == 1:
         return _one(pattern, frame, scene)

@@ -128,3 +128,10 @@ def code(columns: list[Tensor]) -> Tensor:
             wide = int(column.max()) + 1
         out, span = out * wide + (column - least), span * wide
     return out
+
+
+def among(these: Tensor, those: Tensor) -> Tensor:
+    """[X] bool: which of these whole numbers stand among those."""
+    if len(those) <= 1:
+        return these == those if len(those) else torch.zeros_like(these, dtype=torch.bool)
+    return torch.isin(these, those)

@@ -38,6 +38,7 @@ def blocks(size: int, pattern: Pattern) -> Pattern:
     return Lift(
         said("blocks", size, pattern), pattern, lambda x, scene: x.div(size, rounding_mode="floor"),
         lambda scene: None if scene.length is None else -(-scene.length // size), lambda part: blocks(size, part),
+        back=lambda n: (n[:, None] * size + torch.arange(size)).flatten(),
     )
 
 

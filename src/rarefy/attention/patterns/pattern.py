@@ -9,14 +9,14 @@ Shape letters: T = queries, S = keys, Q = query blocks, N = key blocks, X = (que
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...cost import Cost
 from ...errors import BadInput
-from .grid import Bounds, Coords, Grid, Scene, classes
+from .grid import Bounds, Coords, Grid, Scene, among, classes
 
 if TYPE_CHECKING:
     from ...kernels.block_attention.mask import BlockMask
@@ -59,6 +59,11 @@ class Pattern:
         if self._rule is None:
             raise NotImplementedError
         return self._rule(q, k)
+
+    def row(self, at: int, scene: Scene) -> Tensor:
+        """[K] keys of the query at one coordinate, in any order, repeats allowed; unless an atom knows them, every pair is looked at."""
+        key = torch.arange(scene.size(str(self)))
+        return key[self.holds(torch.tensor([at]), key, scene).expand(len(key))]
 
     def bounds(self, grid: Grid) -> Bounds:
         """What is certain of each tile; an unknown rule promises nothing."""
@@ -164,10 +169,12 @@ class Pattern:
     ) -> float:
         """Pairs allowed of the pairs of S queries and keys (causal: of those not ahead), exactly, over all heads."""
         from .count import kept_pairs, visible_pairs
+        from .lists import apart
 
-        made = self.block_mask(S, S, block=block, query_block=block, causal=causal, heads=heads, layer=layer, tables=tables)
-        seen = visible_pairs(S, S, causal) * made.blocks.shape[0] * made.blocks.shape[1]
-        return kept_pairs(made, S, S, causal) / seen if seen else 1.0
+        how = {"block": block, "query_block": block, "causal": causal, "heads": heads, "layer": layer, "tables": tables}
+        made, index = apart(self, S, S, **how) or (self.block_mask(S, S, **how), None)
+        listed = 0.0 if index is None else int((index >= 0).sum()) / (index.shape[0] * index.shape[1])
+        return (kept_pairs(made, S, S, causal) / made.blocks.shape[:2].numel() + listed) / visible_pairs(S, S, causal) if S else 1.0
 
     def cost(
         self, S: int, *, width: int = 64, heads: int = 1, block: int = 64, causal: bool = True, layer: int = 0,
@@ -221,6 +228,9 @@ class Either(_Joined):
     def holds(self, q: Tensor, k: Tensor, scene: Scene) -> Tensor:
         return self._parts[0].holds(q, k, scene) | self._parts[1].holds(q, k, scene)
 
+    def row(self, at: int, scene: Scene) -> Tensor:
+        return torch.cat([part.row(at, scene) for part in self._parts])
+
     def bounds(self, grid: Grid) -> Bounds:
         (maybe, surely), (perhaps, certainly) = (grid.bounds(part) for part in self._parts)
         return maybe | perhaps, surely | certainly
@@ -238,6 +248,10 @@ class Both(_Joined):
     def holds(self, q: Tensor, k: Tensor, scene: Scene) -> Tensor:
         return self._parts[0].holds(q, k, scene) & self._parts[1].holds(q, k, scene)
 
+    def row(self, at: int, scene: Scene) -> Tensor:
+        mine = self._parts[0].row(at, scene)
+        return mine[among(mine, self._parts[1].row(at, scene))]
+
     def bounds(self, grid: Grid) -> Bounds:
         (maybe, surely), (perhaps, certainly) = (grid.bounds(part) for part in self._parts)
         return maybe & perhaps, surely & certainly
@@ -254,6 +268,10 @@ class Not(_Joined):
 
     def holds(self, q: Tensor, k: Tensor, scene: Scene) -> Tensor:
         return ~self._parts[0].holds(q, k, scene)
+
+    def row(self, at: int, scene: Scene) -> Tensor:
+        key = torch.arange(scene.size(str(self)))
+        return key[~among(key, self._parts[0].row(at, scene))]
 
     def bounds(self, grid: Grid) -> Bounds:
         maybe, surely = grid.bounds(self._parts[0])
@@ -318,14 +336,17 @@ class Lift(Pattern):
         length: scene -> how many coordinates there are.
         again: makes the same lift of another pattern.
         needs: tables that `to` reads.
+        back: key coordinates -> the positions that have them, where that can be told without looking at all positions.
     """
 
     def __init__(
         self, text: str, part: Pattern, to: Callable[[Tensor, Scene], Tensor], length: Callable[[Scene], int | None],
         again: Callable[[Pattern], Pattern], needs: Sequence[Need] = (), key_to: Callable[[Tensor, Scene], Tensor] | None = None,
+        back: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(text, needs=needs)
-        self._part, self._to, self._key_to, self._length, self._again = part, to, key_to or to, length, again
+        self._part, self._to, self._key_to, self._length, self._again, self._back = part, to, key_to or to, length, again, back
+        self._last: tuple[Any, ...] = ()
 
     @property
     def parts(self) -> tuple[Pattern, ...]:
@@ -345,6 +366,17 @@ class Lift(Pattern):
     def holds(self, q: Tensor, k: Tensor, scene: Scene) -> Tensor:
         q, k = self._to(q, scene), self._key_to(k, scene)
         return self._part.holds(q, k, self._above(scene)) & (q >= 0) & (k >= 0)
+
+    def row(self, at: int, scene: Scene) -> Tensor:
+        here, length = int(self._to(torch.tensor([at]), scene)), scene.size(str(self))
+        if here < 0:
+            return torch.arange(0)
+        above = self._above(scene)
+        if self._back is None:
+            return among(self._key_to(torch.arange(length), scene), self._part.row(here, above)).nonzero()[:, 0]
+        if (last := self._last)[:1] != ((here, above.length),) or self.reads():      # steps within a block see the same blocks; threads write it too
+            last = self._last = (here, above.length), self._back(self._part.row(here, above))
+        return last[1][last[1] < length]
 
     def _grid(self, grid: Grid) -> Grid:
         def make() -> Grid:

@@ -148,7 +148,12 @@ def edges(name: str, both: bool = False) -> Pattern:
         given = scene.table(name, text)
         return torch.cat([given, given.flip(1)]) if both else given
 
-    return Listed(text, pairs, (Need(name, 2, False),))
+    def keys(at: int, scene: Scene) -> Tensor:
+        given = scene.table(name, text)
+        one = given[given[:, 0] == at, 1]
+        return torch.cat([one, given[given[:, 1] == at, 0]]) if both else one
+
+    return Listed(text, pairs, (Need(name, 2, False),), keys)
 
 
 @word
@@ -165,7 +170,7 @@ def members(name: str) -> Pattern:
         sets_SK = scene.table(name, text)
         if not sets_SK.numel():
             return torch.zeros(0, 2, dtype=torch.long)
-        home = torch.full((int(sets_SK.max()) + 1,), -1)
+        home = torch.full((max(1, int(sets_SK.max()) + 1),), -1)
         at = torch.arange(len(sets_SK))[:, None].expand_as(sets_SK)
         home = home.scatter_reduce_(0, sets_SK.clamp_min(0).flatten(), torch.where(sets_SK >= 0, at, -1).flatten(), "amax")
         query = (home >= 0).nonzero()[:, 0]
@@ -181,6 +186,13 @@ def mixed(x: Tensor) -> Tensor:
     return x & ((1 << 62) - 1)
 
 
+def _draws(at_X: Tensor, among_X: Tensor, r: int, seed: int) -> tuple[Tensor, Tensor]:
+    """(draw, last) [X, r]: the i-th number drawn for each query from 0 .. last, which grows by one each time."""
+    i = torch.arange(r)
+    last = torch.where(among_X >= r, among_X - r, 0)[:, None] + i
+    return mixed(mixed(at_X + mixed(torch.tensor(seed)))[:, None] + i) % (last + 1), last
+
+
 @lru_cache(maxsize=8)
 def drawn(L: int, r: int, seed: int, past: bool) -> Tensor:
     """[L, r] different keys for each query, uniform among all L or those before it; -1 where there are too few.
@@ -189,13 +201,20 @@ def drawn(L: int, r: int, seed: int, past: bool) -> Tensor:
     """
     at = torch.arange(L)
     among = at if past else torch.full_like(at, L)
-    out = torch.full((L, r), -1)
-    for i in range(r):
-        last = torch.where(among >= r, among - r + i, i)
-        draw = mixed(mixed(at + mixed(torch.tensor(seed))) + i) % (last + 1)
-        taken = (out[:, :i] == draw[:, None]).any(1)
-        out[:, i] = torch.where(i < among, torch.where(taken, last, draw), -1)
-    return out
+    out = torch.full((r, L), -1)
+    for i, (draw, last) in enumerate(zip(*(x.T.contiguous() for x in _draws(at, among, r, seed)), strict=True)):
+        taken = (out[:i] == draw).any(0)
+        out[i] = torch.where(i < among, torch.where(taken, last, draw), -1)
+    return out.T.contiguous()
+
+
+def drawn_for(at: int, L: int, r: int, seed: int, past: bool) -> Tensor:
+    """`drawn` of one query alone, without the places that stay empty."""
+    among, out = at if past else L, dict[int, None]()
+    draws, lasts = (x[0].tolist() for x in _draws(torch.tensor([at]), torch.tensor([among]), r, seed))
+    for draw, last in zip(draws[:among], lasts[:among], strict=True):
+        out[last if draw in out else draw] = None
+    return torch.tensor(list(out), dtype=torch.long)
 
 
 @word
@@ -213,7 +232,10 @@ def random(r: int, seed: int = 0, past: bool = False) -> Pattern:
         key = drawn(scene.size(text), min(r, scene.size(text)), seed, bool(past))
         return torch.stack([torch.arange(len(key))[:, None].expand_as(key), key], -1).flatten(0, 1)
 
-    return Listed(text, pairs)
+    def keys(at: int, scene: Scene) -> Tensor:
+        return drawn_for(at, scene.size(text), min(r, scene.size(text)), seed, bool(past))
+
+    return Listed(text, pairs, keys=keys)
 
 
 @word
@@ -225,10 +247,16 @@ def expander(degree: int, seed: int = 0) -> Pattern:
     whole("seed", seed, 0)
     text = said("expander", degree, seed=(seed, 0))
 
-    def pairs(scene: Scene) -> Tensor:
+    def cycles(scene: Scene) -> list[Tensor]:
         generator, L = torch.Generator().manual_seed(seed), scene.size(text)
-        made = [torch.stack([a, a.roll(-1)], 1) for a in (torch.randperm(L, generator=generator) for _ in range(degree // 2))]
-        one_way = torch.cat(made)
+        return [torch.randperm(L, generator=generator) for _ in range(degree // 2)]
+
+    def pairs(scene: Scene) -> Tensor:
+        one_way = torch.cat([torch.stack([a, a.roll(-1)], 1) for a in cycles(scene)])
         return torch.cat([one_way, one_way.flip(1)])
 
-    return Listed(text, pairs)
+    def keys(at: int, scene: Scene) -> Tensor:
+        made = cycles(scene)
+        return torch.cat([a[(a == at).nonzero()[:, 0] + torch.tensor([-1, 1 - len(a)])] for a in made])
+
+    return Listed(text, pairs, keys=keys)

@@ -139,7 +139,7 @@ def block(n: int) -> Pattern:
 def sinks(n: int) -> Pattern:
     """The first n keys (StreamingLLM, arXiv 2309.17453)."""
     positive("sinks", n)
-    return Marked(said("sinks", n), lambda k, scene: (k >= 0) & (k < n), "key")
+    return Marked(said("sinks", n), lambda k, scene: (k >= 0) & (k < n), "key", places=lambda L: torch.arange(min(n, L)))
 
 
 @word
@@ -147,7 +147,8 @@ def every(n: int, offset: int = 0) -> Pattern:
     """Keys whose position leaves `offset` when divided by n: the same ones for every query."""
     positive("every", n)
     whole("offset", offset)
-    return Marked(said("every", n, offset=(offset, 0)), lambda k, scene: (k - offset) % n == 0, "key")
+    text = said("every", n, offset=(offset, 0))
+    return Marked(text, lambda k, scene: (k - offset) % n == 0, "key", places=lambda L: torch.arange(offset % n, max(L, offset % n), n))
 
 
 @word

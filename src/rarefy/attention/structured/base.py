@@ -14,7 +14,7 @@ from ...cost import Cost
 from ...errors import BadInput
 from ...selection import Selection, check_finite
 from ..counted import Counted
-from ..heads import per_head
+from ..heads import per_head, real_places
 
 
 def places(T: int, S: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -58,16 +58,11 @@ class Structured(Counted):
         self._refuse(layer, queries=q_BHTD, keys=k_BGSD, values=v_BGSD)
         if padding_BS is None:
             return self._attend(q_BHTD, k_BGSD, v_BGSD, scale, causal)
-        rows, (T, S) = [], (q_BHTD.shape[2], k_BGSD.shape[2])
-        for b, real_S in enumerate(padding_BS):
-            keys = real_S.nonzero()[:, 0]
-            at = real_S[S - T :].nonzero()[:, 0] if causal else torch.arange(T, device=real_S.device)
-            row = torch.zeros_like(q_BHTD[b])
-            if len(keys) and len(at):
-                got = self._attend(q_BHTD[b : b + 1, :, at], k_BGSD[b : b + 1, :, keys], v_BGSD[b : b + 1, :, keys], scale, causal)
-                row = row.index_copy(1, at, got[0])
-            rows.append(row)
-        return torch.stack(rows)
+        rows = list(torch.zeros_like(q_BHTD))
+        for b, keys, at in real_places(padding_BS, q_BHTD.shape[2], causal):
+            got = self._attend(q_BHTD[b : b + 1, :, at], k_BGSD[b : b + 1, :, keys], v_BGSD[b : b + 1, :, keys], scale, causal)
+            rows[b] = rows[b].index_copy(1, at, got[0])
+        return torch.stack(rows) if rows else torch.zeros_like(q_BHTD)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
         if not q.numel():

@@ -47,7 +47,7 @@ class Layer(nn.Module):
 
 
 def waves(place: Tensor, width: int) -> Tensor:
-    """[..., width] sines and cosines of a place (Vaswani et al. 2017, sec. 3.5), float32; an odd width lacks the last cosine."""
+    """[..., width] sines and cosines of a place (Vaswani et al. 2017), float32; an odd width lacks the last cosine."""
     half = -(-width // 2)
     angle = place[..., None].float() * 10000.0 ** (-torch.arange(half, device=place.device) / half)
     return torch.cat([angle.sin(), angle.cos()], -1)[..., :width]

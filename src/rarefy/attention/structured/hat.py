@@ -1,7 +1,7 @@
 """HAT (Chalkidis et al. 2022, arXiv 2210.05529): an encoder over segments, each with a CLS of its own, in which only CLS tokens meet.
 
     S, segment-wise:  [CLS_n, tokens of n] <- layer over the segment's own 1 + K tokens
-    D, cross-segment: CLS_1 .. CLS_N       <- layer over the N CLS tokens plus their segments' positions                        (sec. 3)
+    D, cross-segment: CLS_1 .. CLS_N       <- layer over the N CLS tokens plus their segments' positions
 A stack is a word over these letters: "SDSDSD" interleaves, "SDSDSS" brings segments together early, "SSSDSD" late, "SSSSDD" at the end alone.
 T tokens cost about T (K + 1) pairs in S and (T / K)^2 in D, and no [T, T] matrix is formed anywhere. `reference` is the same stack as one
 sequence under the masks of `patterns.zoo` (hat), all pairs formed.

@@ -1,6 +1,6 @@
 """HDT (He et al. 2024, arXiv 2407.08330): attention along the tree of a document, whose mask is another one for every document.
 
-    a token sees tokens under the same anchor and its anchor; an anchor sees its siblings, what is under it, and its own anchor     (sec. 3)
+    a token sees tokens under the same anchor and its anchor; an anchor sees its siblings, what is under it, and its own anchor
 Read in the order of the text the mask has its anchors scattered about. Sorted by level - documents, sections, sentences, tokens - anchors lie
 together, and tiles that join sections to other sections' sentences or sentences to other sentences' tokens are empty and skipped.
 

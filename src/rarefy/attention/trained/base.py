@@ -32,6 +32,7 @@ from ...method import Loss, Sparse, positive
 from ...selection import Selection, check_finite
 from ..block import highest
 from ..counted import Counted
+from ..heads import real_places
 
 SIZES = ("hidden", "heads", "key_heads", "d_head", "layer")
 """Constructor arguments that `for_module` fills in."""
@@ -106,11 +107,14 @@ class Made(Sparse):
         return torch.Generator().manual_seed(seed)
 
     def refuse_other_sizes(self, q_BHTD: Tensor, k_BGSD: Tensor) -> None:
-        """Raise BadInput for a layer of another shape than the method was made for."""
+        """Raise BadInput for a layer of another shape than the method was made for, or in another dtype than its parameters."""
         got, mine = (q_BHTD.shape[1], k_BGSD.shape[1], q_BHTD.shape[3]), (self.heads, self.key_heads, self.d_head)
         if got != mine:
             words = "{} query heads, {} key heads, width {}".format
             raise BadInput(f"{self.name} was made for {words(*mine)} and is given {words(*got)}; make it with for_module of this layer")
+        held = next((p.dtype for p in self.parameters()), q_BHTD.dtype)
+        if held != q_BHTD.dtype and not torch.is_autocast_enabled(q_BHTD.device.type):
+            raise BadInput(f"{self.name} is in {held} and its layer in {q_BHTD.dtype}: convert it with method.to({q_BHTD.dtype})")
 
     def loss(self, x: Tensor, y: Tensor) -> Loss:
         """Unsupported: attention is trained where it stands."""
@@ -151,17 +155,12 @@ class PairAttention(Made, Counted):
         self.refuse_other_sizes(q_BHTD, k_BGSD)
         if padding_BS is None:
             return self._attend(q_BHTD, k_BGSD, v_BGSD, hidden_BTD, scale, causal)
-        rows, (T, S) = [], (q_BHTD.shape[2], k_BGSD.shape[2])
-        for b, real_S in enumerate(padding_BS):
-            keys = real_S.nonzero()[:, 0]
-            at = real_S[S - T :].nonzero()[:, 0] if causal else torch.arange(T, device=real_S.device)
-            row = torch.zeros_like(q_BHTD[b])
-            if len(keys) and len(at):
-                hidden = None if hidden_BTD is None else hidden_BTD[b : b + 1, at]
-                got = self._attend(q_BHTD[b : b + 1, :, at], k_BGSD[b : b + 1, :, keys], v_BGSD[b : b + 1, :, keys], hidden, scale, causal)
-                row = row.index_copy(1, at, got[0])
-            rows.append(row)
-        return torch.stack(rows)
+        rows = list(torch.zeros_like(q_BHTD))
+        for b, keys, at in real_places(padding_BS, q_BHTD.shape[2], causal):
+            hidden = None if hidden_BTD is None else hidden_BTD[b : b + 1, at]
+            got = self._attend(q_BHTD[b : b + 1, :, at], k_BGSD[b : b + 1, :, keys], v_BGSD[b : b + 1, :, keys], hidden, scale, causal)
+            rows[b] = rows[b].index_copy(1, at, got[0])
+        return torch.stack(rows) if rows else torch.zeros_like(q_BHTD)
 
     def _refuse(self, layer: int | None = None, **given: Tensor | None) -> None:
         for what, x in given.items():
@@ -169,6 +168,9 @@ class PairAttention(Made, Counted):
                 check_finite(x, f"{what} of {self.name}{'' if layer is None else f' in layer {layer}'}")
         if "hidden" in self.wants and given.get("hidden") is None and "queries" in given:
             raise BadInput(f"{self.name} reads what its layer was given; pass hidden_BTD, or put it into a model with rarefy.replaced")
+        hidden, mine = given.get("hidden"), self.arguments.get("hidden")
+        if hidden is not None and mine is not None and hidden.shape[-1] != mine:
+            raise BadInput(f"{self.name} was made for a model {mine} wide and is given one of {hidden.shape[-1]}; make it with for_module")
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, causal: bool) -> Tensor:
         if not q.numel():

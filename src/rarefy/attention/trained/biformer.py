@@ -1,7 +1,7 @@
 """BiFormer (Zhu et al. 2023, arXiv 2303.08810): regions of an image attend to the few regions they match best, token to token inside those.
 
-    Q_r, K_r = mean over the tokens of each of S x S regions;  A = Q_r K_r^T;  I = top k of each row                             (eq. 3-4)
-    O = softmax(Q K_g^T s) V_g + LCE(V),  K_g, V_g = tokens of the regions I, gathered side by side                              (eq. 5-6)
+    Q_r, K_r = mean over the tokens of each of S x S regions;  A = Q_r K_r^T;  I = top k of each row
+    O = softmax(Q K_g^T s) V_g + LCE(V),  K_g, V_g = tokens of the regions I, gathered side by side
 
 Q_r and K_r have the layer's full width, so its heads share their routes. LCE is a depthwise convolution over the map. The tokens of a map attend
 to each other whatever their order: causal models are refused, and `forward` here is not causal. Maps whose sides the regions do not divide have

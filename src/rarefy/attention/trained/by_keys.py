@@ -1,6 +1,6 @@
 """Attention to chosen key blocks with the loop over *key* blocks outside: each meets all queries that chose it, exact softmax merged after.
 
-The order of Flash Sparse Attention (FSA, arXiv 2508.18224) and of MoBA's own implementation (arXiv 2502.13189, alg. 1): where every
+The order of Flash Sparse Attention (FSA, arXiv 2508.18224) and of MoBA's own implementation (arXiv 2502.13189): where every
 query chooses for itself, a query's blocks share nothing, while a block's queries, of all heads that read its key head, fill one dense
 product whatever the size of the GQA group. Work and memory are those of the chosen pairs; gradients are autograd's.
 

@@ -1,11 +1,14 @@
 """DIFF Transformer (Ye et al. 2024, arXiv 2410.05258): the difference of two softmax maps, so that what both see cancels.
 
-    out_i = (1 - lambda_init) RMSNorm((softmax(Q1 K1^T s) - lambda softmax(Q2 K2^T s)) [V1; V2])                              (eq. 1, 3)
-    lambda = exp(lambda_q1 . lambda_k1) - exp(lambda_q2 . lambda_k2) + lambda_init,  lambda_init = 0.8 - 0.6 exp(-0.3 layer)   (eq. 2)
+    out_i = (1 - lambda_init) RMSNorm((softmax(Q1 K1^T s) - lambda softmax(Q2 K2^T s)) [V1; V2])
+    lambda = exp(lambda_q1 . lambda_k1) - exp(lambda_q2 . lambda_k2) + lambda_init,  lambda_init = 0.8 - 0.6 exp(-0.3 layer)
 
 Heads 2i and 2i + 1 of the layer are the two halves of head i, its value is both their values side by side, and its output, twice as
 wide, goes back to their places. With GQA each half reads the key head it always reads. Every pair is computed: sparsity here is in the
 values, near zero where nothing is to be found.
+
+The norm gives every head's output the same size from the first step, whatever the values' size. To train a model from nothing draw its token
+embeddings with hidden^-0.5 or so, as the authors draw their decoders': transformers' 0.02 is drowned by it, and lookups are not learned.
 
 Shape letters: B = batch, H = query heads, G = key heads, T = queries, S = keys, D = head width, P = H / 2 differential heads.
 """

@@ -65,6 +65,7 @@ class Flux(PairAttention):
         Raises BadInput for such a step without a prompt of as many rows.
         """
         self._refuse(layer, queries=q_BHTD, keys=k_BGSD, values=v_BGSD, hidden=hidden_BTD)
+        self.refuse_other_sizes(q_BHTD, k_BGSD)
         B, T, S = len(q_BHTD), q_BHTD.shape[2], k_BGSD.shape[2]
         more: dict[str, Any] = {"scale": scale, "causal": causal, "layer": layer}
         assert hidden_BTD is not None

@@ -6,7 +6,8 @@ Shape letters: B = windows, T = tokens, V = vocabulary; others as in base.py.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class _InModel(Sparse):
                 raise BadInput(f"{name}: {wrong[0] if wrong else type(method).__name__} is no attention; methods are trained at layers.N.attn")
             self.names[name] = list(found)
         self.methods = nn.ModuleList(plan.values())
+        self._held = (model,)      # a tuple, so that the model is no part of what is trained and saved
         self._named = weights_digest(model)
 
     @property
@@ -64,9 +66,14 @@ class _InModel(Sparse):
             method.after_step(step)
 
     def windows(self, x: Tensor) -> Tensor:
-        """Raise BadInput unless x is token windows [B, T] of two tokens or more."""
+        """Raise BadInput unless x is token windows [B, T] of two tokens or more, all of the model's vocabulary."""
         if x.ndim != 2 or x.is_floating_point() or x.shape[1] < 2:
             raise BadInput(f"attention is trained on token windows [contexts, tokens >= 2]; got {list(x.shape)} {x.dtype}")
+        model: Any = self._held[0]
+        count = getattr(model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None, "num_embeddings", None)
+        least, most = (int(x.min()), int(x.max())) if x.numel() else (0, 0)
+        if count and not 0 <= least <= most < count:
+            raise BadInput(f"token ids must lie in 0..{count - 1}, the model's vocabulary; these lie in {least}..{most}: was another tokenizer used?")
         return x
 
 
@@ -88,6 +95,41 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+@contextlib.contextmanager
+def _computed_again(model: nn.Module, inside: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
+    """Layers under gradient checkpointing, which the backward pass computes a second time, are computed `inside` then too.
+
+    Without it they would be computed dense, and unfrozen, as the contexts of the forward pass have ended.
+    """
+    layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and hasattr(m, "_gradient_checkpointing_func")]
+    before = [layer._gradient_checkpointing_func for layer in layers]
+
+    def wrapped(checkpoint: Any) -> Any:
+        given = getattr(checkpoint, "keywords", {})
+        if given.get("use_reentrant", True):
+            return checkpoint                                    # the router refuses it by name
+
+        def contexts() -> tuple[Any, Any]:
+            first, second = given["context_fn"]() if "context_fn" in given else (contextlib.nullcontext(), contextlib.nullcontext())
+            return first, _both(second, inside())
+
+        return partial(checkpoint, context_fn=contexts)
+
+    try:
+        for layer, checkpoint in zip(layers, before, strict=True):
+            layer._gradient_checkpointing_func = wrapped(checkpoint)
+        yield
+    finally:
+        for layer, checkpoint in zip(layers, before, strict=True):
+            layer._gradient_checkpointing_func = checkpoint
+
+
+@contextlib.contextmanager
+def _both(first: contextlib.AbstractContextManager[Any], second: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+    with first, second:
+        yield
+
+
 class _Watched:
     """Dense attention at one layer, which lets the method of that layer compare itself with what it sees."""
 
@@ -100,7 +142,9 @@ class _Watched:
         self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, scale: float, causal: bool = True, padding_BS: Tensor | None = None,
         layer: int = 0, hidden_BTD: Tensor | None = None,
     ) -> Tensor:
-        """Dense output; the method's loss is kept aside."""
+        """Dense output; the method's loss is kept aside. Raises BadInput for padding, which would be learned from."""
+        if padding_BS is not None:
+            raise BadInput(f"{self.method.name} in layer {layer}: give windows of text without padding to train on")
         like = next(self.method.parameters())
         q, k, v, hidden = (None if x is None else x.detach().to(like.dtype) for x in (q_BHTD, k_BGSD, v_BGSD, hidden_BTD))
         with torch.enable_grad():
@@ -131,7 +175,6 @@ class Distilled(_InModel):
         for name, found in self.names.items():
             if len(found) > 1:
                 raise BadInput(f"{name} names {len(found)} layers; each layer's map is learned by a method of its own, as rarefy.plan makes them")
-        self._held = (model,)      # a tuple, so that the model is no part of what is trained and saved
 
     def loss(self, x: Tensor, y: Tensor) -> Loss:
         """Mean over layers of the methods' losses on windows [B, T], by part."""
@@ -161,7 +204,6 @@ class Trained(_InModel):
         self.train_model = train_model
         if train_model:
             self.model = model
-        self._held = (model,)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -171,8 +213,13 @@ class Trained(_InModel):
     def loss(self, x: Tensor, y: Tensor) -> Loss:
         """Next-token cross entropy (nats a token) of windows [B, T], and the mean of the methods' own penalties where they have any."""
         ids = self.windows(x)
-        with contextlib.nullcontext() if self.train_model else _frozen(self._held[0]), replaced(self._held[0], self.plan):
-            logits = _through(self._held[0], ids).logits
+        model = self._held[0]
+
+        def inside() -> contextlib.AbstractContextManager[None]:
+            return _both(contextlib.nullcontext() if self.train_model else _frozen(model), replaced(model, self.plan))
+
+        with inside(), _computed_again(model, inside):
+            logits = _through(model, ids).logits
         ce = cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().to(logits.device))
         extra = [m.penalty() for m in self.plan.values() if hasattr(m, "penalty")]           # what a method charges for its last call
         parts = {"ce": ce} | {name: torch.stack([one.parts[name] for one in extra]).mean() for name in (extra[0].parts if extra else ())}

@@ -1,7 +1,7 @@
 """MoBA (Lu et al. 2025, arXiv 2502.13189): each query picks the key blocks whose mean key it matches best, and is trained so.
 
 score(q, block i) = q . mean(keys of block i); blocks after the query's are not seen, its own is always among the top k and is
-attended causally (eq. 5-6). The gate has no parameters: queries and keys learn to be picked through the attention they get.
+attended causally. The gate has no parameters: queries and keys learn to be picked through the attention they get.
 
 Shape letters as in ../block.py.
 """
@@ -34,7 +34,7 @@ class MoBA(BlockAttention):
         top: blocks a query attends to, its own included (the paper's k); 0 takes the budget's share of those it sees.
         budget: fraction of the visible key blocks, where top = 0.
         block: keys in a block. query_block: queries that share a choice in prefill; the paper's is 1.
-        order: loop of the prefill's computation, with the same result: "keys" as in the paper's algorithm 1, or "queries".
+        order: loop of the prefill's computation, with the same result: "keys" as in the paper's algorithm, or "queries".
     """
 
     name = "attention/moba"

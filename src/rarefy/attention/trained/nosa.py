@@ -7,7 +7,8 @@
 
 The k blocks of the highest importance are always among the chosen, taken by the query or after it; they change only where a new block joins
 them. What of a block a fast memory holds is thus needed again at the next step for a share `steady` of the budget at least (`moved` counts the
-rest). Departures: windows do not overlap; importance is read from the value, which a cache holds.
+rest). w is drawn small, so that keys begin about equally important: drawn wide, a lookup takes several times the steps.
+Departures: windows do not overlap; importance is read from the value, which a cache holds.
 
 Shape letters as in base.py; N = blocks, I = windows.
 """
@@ -49,7 +50,7 @@ class NOSA(PairAttention):
         if isinstance(steady, bool) or not isinstance(steady, int | float) or not 0 <= steady < 1:
             raise BadInput(f"steady={steady!r} must be in [0, 1): the share of the budget chosen by importance alone")
         self.steady = steady
-        self.importance_GD, self.bias_G = drawn(draw, key_heads, d_head, std=d_head**-0.5), nn.Parameter(torch.zeros(key_heads))
+        self.importance_GD, self.bias_G = drawn(draw, key_heads, d_head, std=0.02), nn.Parameter(torch.zeros(key_heads))
         self.size_G = nn.Parameter(torch.ones(key_heads))
         """A."""
 

@@ -1,8 +1,9 @@
 """Routing Transformer (Roy et al. 2021, arXiv 2003.05997): queries and keys are clustered, and attention stays within a cluster.
 
 Queries and keys are normalised (mean 0, variance 1 over a head's width) and compared with the head's centroids by dot product. Centroids
-follow them by online k-means while training: mu <- decay mu + (1 - decay) / 2 (mean of its queries + mean of its keys)      (sec. 4.1).
-    w > 0: each centroid takes the w queries and the w keys that match it best, as in the paper (alg. 1). This looks at later tokens, so it
+follow them by online k-means while training: mu <- decay mu + (1 - decay) / 2 (mean of its queries + mean of its keys).
+They move in `after_step`, which `fit.train` calls, so that a layer computed again in the backward pass (gradient checkpointing) chooses the same.
+    w > 0: each centroid takes the w queries and the w keys that match it best, as in the paper. This looks at later tokens, so it
         is for prefill: a query's clusters depend on what follows it.
     w = 0: each query and key goes to its best centroid. Nothing later is looked at, and decoding gives what prefill gives.
 The first `local_heads` heads see the nearest `window` keys instead; every query sees its own key.
@@ -47,6 +48,9 @@ class Routing(PairAttention):
         self.local_heads = local_heads
         self.register_buffer("centroid_HCD", normalize(torch.randn(heads, clusters, d_head, generator=draw), dim=-1))
         self.centroid_HCD: Tensor
+        self.register_buffer("move_HCD", torch.zeros_like(self.centroid_HCD), persistent=False)
+        self.move_HCD: Tensor
+        """What the last training batch adds to the centroids."""
 
     def affinities(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Normalised queries and keys, and their products with the centroids, [B, H, T or S, C]."""
@@ -75,13 +79,19 @@ class Routing(PairAttention):
         return torch.zeros_like(near_BHNC, dtype=torch.bool).scatter(2, at, True)
 
     def _follow(self, unit_q: Tensor, unit_k: Tensor, near_q: Tensor, near_k: Tensor) -> None:
-        """Move each centroid towards the tokens that it is the best of; one without any stays."""
+        """Send each centroid towards the tokens that it is the best of; one without any stays."""
         moved = torch.zeros_like(self.centroid_HCD)
         for unit, near in ((unit_q, near_q), (unit_k, near_k)):
             own = torch.zeros_like(near).scatter(3, near.argmax(3, keepdim=True), 1.0)
             total, count = torch.einsum("bhnc,bhnd->hcd", own, unit), own.sum((0, 2))[..., None]
             moved += torch.where(count > 0, total / count.clamp_min(1), self.centroid_HCD) / 2
-        self.centroid_HCD.copy_(self.decay * self.centroid_HCD + (1 - self.decay) * moved)
+        self.move_HCD.copy_((1 - self.decay) * (moved - self.centroid_HCD))
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """The centroids go where the step's batch sent them."""
+        self.centroid_HCD += self.move_HCD
+        self.move_HCD.zero_()
 
     def own_flops(self, heads: int, width: int, keys: float) -> float:
         """Products of a query and its key with the centroids."""

@@ -1,8 +1,8 @@
 """SEA (Lee et al. 2024, arXiv 2310.01777): linear attention sees roughly, a small decoder draws from it where exact attention looks.
 
-    c_t = random-feature attention of query t (Performer); logits over C cells = conv(MLP[q_t; c_t])                         (sec. 3.1)
+    c_t = random-feature attention of query t (Performer); logits over C cells = conv(MLP[q_t; c_t])
     cell of key s, seen by a query with n keys: ceil((s + 1/2) C / n) - 1; the keys with the highest cells, `budget` n of them, are attended exactly
-    loss = KL(dense map summed by cell || softmax(logits)) + mean squared distance of the two                                 (sec. 3.4)
+    loss = KL(dense map summed by cell || softmax(logits)) + mean squared distance of the two
 The C cells stretch over whatever a query sees, so the decoder's work a query does not grow with the context, and neither does Performer's.
 Departures: the output is the exact sparse attention alone, without the paper's learned mixture with c_t and its mean; the convolution runs along
 cells only, not across queries, so that nothing later is looked at; cells tie for the last keys in favour of earlier ones; each head has a budget of
@@ -54,7 +54,7 @@ class SEA(PairAttention):
         return self._budget
 
     def rough(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
-        """[B, H, T, D] Performer's estimate of attention, by running sums over keys (Choromanski et al. 2021, eq. 7)."""
+        """[B, H, T, D] Performer's estimate of attention, by running sums over keys (Choromanski et al. 2021, positive features)."""
         T, S, share = q.shape[2], k.shape[2], self.heads // self.key_heads
         k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
         log_q, log_k = ((x * scale**0.5) @ self.random_MD.mT - (x * scale**0.5).square().sum(-1, keepdim=True) / 2 for x in (q, k))

@@ -1,6 +1,6 @@
 """SeerAttention (Gao et al. 2024, arXiv 2410.13276): a small gate learns which key blocks a block of queries attends to.
 
-    gate = softmax(R(mean(Q_block) W_q) . R([max; min; mean](K_block) W_k) / sqrt(d_gate)) over blocks not later       (sec. 3.1)
+    gate = softmax(R(mean(Q_block) W_q) . R([max; min; mean](K_block) W_k) / sqrt(d_gate)) over blocks not later
     loss = KL(truth || gate),  truth = the dense map max-pooled in each (query block, key block), each row divided by its sum
 
 R rotates by the number of the block, as RoPE does by position. Departures: queries and keys are pooled after the model's own rotation,

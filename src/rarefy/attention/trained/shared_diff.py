@@ -5,7 +5,8 @@
 
 The base is the layer's own projection, so every head is a differential head with its own value: 8 (heads + key_heads) / 2 * rank * D numbers a
 layer, where DIFF's second pair of projections holds (heads + key_heads) * E * D. Departure: an update reads the head's query or key after
-rotation, x + (x A) B, which is W + (W A) B for A: keys of the past are held by a cache, their hidden states are not.
+rotation, x + (x A) B, which is W + (W A) B for A: keys of the past are held by a cache, their hidden states are not. The norm asks for large
+embeddings, as in diff.py.
 
 Shape letters as in diff.py; R = rank, I = the two maps.
 """

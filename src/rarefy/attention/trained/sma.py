@@ -1,8 +1,8 @@
 """Sparse modular activation, SMA (Ren et al. 2023, arXiv 2306.11197, SeqBoat): each token decides whether attention runs for it at all.
 
-    two logits a token, tempered softmax with a learned temperature; a token fires where the second is larger               (sec. 3.1)
+    two logits a token, tempered softmax with a learned temperature; a token fires where the second is larger
     fired tokens, moved together into a shorter sequence, attend to the nearest `window` fired tokens there; results go back to their
-    places times the confidence, the probability of firing, which carries the gradient; others get 0                        (eq. 4-6)
+    places times the confidence, the probability of firing, which carries the gradient; others get 0
 Departures: a layer of a Hugging Face model has no state-space path beside its attention, so a token that does not fire keeps what the residual
 stream holds; the configurator reads the token's values of all key heads, which is what a cache holds of it, in place of a state; `window` counts
 the token itself.

@@ -1,6 +1,6 @@
 """SPARSEK (Lou et al. 2024, arXiv 2406.16747): every key has a score of its own, and each query keeps, softly, the k best before it.
 
-    p(u, k) = argmin ||p - u||^2 over 0 <= p <= 1, sum p = k;  p = clip(u - tau, 0, 1)                                        (eq. 7-8)
+    p(u, k) = argmin ||p - u||^2 over 0 <= p <= 1, sum p = k;  p = clip(u - tau, 0, 1)
     out_t = sum_s softmax(q_t K^T s over {s : p_ts > 0})_s p_ts v_s
 
 Queries have no part in the choice, and tau only rises as keys come, so that a key dropped never returns: while decoding k keys and a window

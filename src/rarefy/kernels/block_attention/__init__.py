@@ -4,6 +4,10 @@ Shape letters: B = batch, H = query heads, G = key heads (H is a multiple of G),
 Q = query blocks, N = key blocks. Query t stands at position S - T + t; query blocks are cut at multiples of
 `query_block` of that position, key blocks at multiples of `block`.
 
+`block_attention` takes a mask of blocks, `token_attention` a list of keys for each query, `line_attention` whole columns and diagonals,
+`Paged` a batch of decoding requests over one pool of pages, `Irregular` queries and keys of which some are dropped, or sorted by bucket;
+`merge` joins (out, lse) over disjoint keys.
+
 After FlashAttention (Dao et al. 2022, arXiv 2205.14135: tiles, running maximum and sum, recomputation in the backward pass, a block
 mask), FlashInfer (Ye et al. 2025, arXiv 2501.01005: partial states that merge exactly) and sparse causal flash attention (Pagliardini et
 al. 2023, arXiv 2306.01160: pairs inside a tile masked one by one).
@@ -22,14 +26,15 @@ from . import tiles
 from .bounds import highest, page_meta, page_scores, top_pages
 from .decode import available, decode_pages, decode_rows
 from .gather import by_rows, gather_blocks
+from .lines import line_attention, line_pairs
 from .mask import Allowed, BlockMask, as_mask, blocks_of
 from .reference import block_attention_reference, token_mask
 from .softmax import merge
 from .tokens import check_shapes, token_attention
 
 __all__ = [
-    "Allowed", "BlockMask", "available", "block_attention", "block_attention_reference", "blocks_of", "highest", "merge", "page_meta", "page_scores",
-    "token_attention", "token_mask", "top_pages",
+    "Allowed", "BlockMask", "Irregular", "Paged", "available", "block_attention", "block_attention_reference", "blocks_of", "highest",
+    "line_attention", "line_pairs", "merge", "page_meta", "page_scores", "paged_attention", "token_attention", "token_mask", "top_pages",
 ]
 
 
@@ -48,9 +53,8 @@ def block_attention(
     Raises:
         BadInput: shapes that do not fit, tensors on different devices.
     """
-    B, H, T, _ = q_BHTD.shape
     check_shapes(q_BHTD, k_BGSD, v_BGSD)
-    S = k_BGSD.shape[2]
+    (B, H, T, _), S = q_BHTD.shape, k_BGSD.shape[2]
     if T > S:
         raise BadInput(f"{T} queries but only {S} keys: each query's own key must be among them")
     found = as_mask(mask, block, query_block)
@@ -62,7 +66,7 @@ def block_attention(
         raise BadInput(f"the block mask has shape {list(found.blocks.shape)}; {T} queries and {S} keys need {list(need)}")
     if not q_BHTD.numel():
         wide = torch.promote_types(q_BHTD.dtype, torch.float32)
-        return (torch.zeros_like(q_BHTD), q_BHTD.new_zeros((B, H, T), dtype=wide)) if return_lse else torch.zeros_like(q_BHTD)
+        return (q_BHTD * 0, q_BHTD.new_zeros((B, H, T), dtype=wide)) if return_lse else q_BHTD * 0       # with a graph, if there is one
     found = BlockMask(found.blocks.expand(need), None if found.partial is None else found.partial.expand(need), found.tiles, block, query_block)
     if T == 1 and allowed is None and found.partial is None and _one_query(q_BHTD, k_BGSD, v_BGSD):
         out, lse = _decode(q_BHTD, k_BGSD, v_BGSD, found.blocks[:, :, 0], block, scale)
@@ -73,8 +77,8 @@ def block_attention(
             found = BlockMask.of(found.blocks, allowed, T, S, block=block, query_block=query_block, heads=H)
         out, lse = tiles.attend(tiled, q_BHTD, k_BGSD, v_BGSD, found, scale, causal)
         return (out, lse) if return_lse else out
-    if block == query_block == 1 and T > 1 and allowed is None and found.partial is None and available(q_BHTD, k_BGSD, v_BGSD):
-        out, lse = decode_rows(q_BHTD, k_BGSD, v_BGSD, found.blocks, scale, causal)
+    if query_block == 1 and T > 1 and allowed is None and found.partial is None and available(q_BHTD, k_BGSD, v_BGSD):
+        out, lse = decode_rows(q_BHTD, k_BGSD, v_BGSD, found.blocks, block, scale, causal)
         return (out, lse) if return_lse else out
     path = by_rows if query_block == 1 and T > 1 else gather_blocks
     how = {"block": block, "query_block": query_block, "scale": scale, "causal": causal, "allowed": allowed, "return_lse": return_lse}
@@ -92,3 +96,7 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, mask_BHN: Tensor, block: int, scale
 
         return on_gpu(q, k, v, mask_BHN, block, scale)
     return decode_pages(q, k, v, mask_BHN, block, scale)
+
+
+from .irregular import Irregular  # noqa: E402  (both call block_attention)
+from .paged import Paged, paged_attention  # noqa: E402

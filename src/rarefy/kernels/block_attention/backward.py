@@ -13,6 +13,7 @@ import math
 import numba
 import numpy as np
 
+from ...compiled import loop
 from .forward import FRESH, NONE, ONE, hide, multiply, place, powers
 
 _NO_KEY = np.float32(1e30)
@@ -43,7 +44,7 @@ def _of_logits(P, dP, keys, lanes, delta):  # type: ignore[no-untyped-def]
             dP[j * lanes + r] = P[j * lanes + r] * (dP[j * lanes + r] - delta[r])
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@loop(error_model="numpy")
 def backward(
     start, stop, q_ND, grad_ND, lse_N, delta_N, k, ks, v, vs, blocks, partial, tiles_PMR, sizes, scale, dq_ND, dk, dv
 ):  # type: ignore[no-untyped-def]

@@ -64,7 +64,7 @@ def forward(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: BlockMask, sca
     if half:
         from . import forward_half as paired
 
-        q = q_BHTD.detach().contiguous().view(torch.int32).view(B * H * T, D // 2).numpy().view(np.uint32)
+        q = memory(q_BHTD.detach().contiguous(), pairs=True)[0].reshape(B * H * T, D // 2)
         v_XSD = v_BGSD.detach().contiguous().view(torch.int16).flatten(0, 1).numpy().view(np.uint16)
         X, S = v_XSD.shape[:2]
         v_XZD = np.empty((X, -(-S // 2), D), np.uint32)

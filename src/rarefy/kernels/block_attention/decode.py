@@ -31,7 +31,7 @@ def memory(x_BGSD: Tensor, pairs: bool = False) -> tuple[np.ndarray, tuple[int, 
     """(flat memory, strides over B, G, S), where it lies if rows are contiguous; with `pairs` two bfloat16 neighbours as a uint32."""
     ratio = 2 if pairs else 1
     fits = x_BGSD.stride(-1) == 1 and not any(n % ratio for n in (*x_BGSD.stride()[:3], x_BGSD.storage_offset()))
-    x = x_BGSD.detach() if fits else x_BGSD.detach().contiguous()
+    x = x_BGSD.detach() if fits else x_BGSD.detach().clone(memory_format=torch.contiguous_format)       # contiguous() would keep an odd offset
     extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
     flat = x.as_strided((extent,), (1,))
     strides = tuple(s // ratio for s in x.stride()[:3])
@@ -72,14 +72,16 @@ def decode_tokens(
     return out.to(q_BHTD.dtype), room[2]
 
 
-def decode_rows(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, keep_BHTS: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """([B, H, T, D], lse [B, H, T] float32) of each query over the keys that the mask keeps, which causal ones take up to their own."""
+def decode_rows(
+    q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, keep_BHTN: Tensor, block: int, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """([B, H, T, D], lse [B, H, T] float32) of each query over the key blocks that the mask keeps, which causal ones take up to their own key."""
     from .loops import rows
 
     B, H, T, D = q_BHTD.shape
     q, out, room = _begin(q_BHTD, scale)
     top, total, lse = (x.view(-1).numpy() for x in room)
-    native.spread(rows, B * H * T, q, *memory(k_BGSD), *memory(v_BGSD), shared(keep_BHTS).numpy(), causal, (H, k_BGSD.shape[1], T, D),
+    native.spread(rows, B * H * T, q, *memory(k_BGSD), *memory(v_BGSD), shared(keep_BHTN).numpy(), block, causal, (H, *k_BGSD.shape[1:3], T, D),
                   out.view(-1).numpy(), top, total, lse, least=1)
     return out.to(q_BHTD.dtype), room[2]
 

@@ -13,6 +13,7 @@ from typing import Any
 import numba
 import numpy as np
 
+from ...compiled import loop
 from .tile import ROWS, VECTORS, W, exponentials, maximum, product
 
 LANES = 64
@@ -133,7 +134,7 @@ def put(out_ND, lse_N, n, O, lanes, top_L, total_L, unit, first, begin, end):  #
         lse_N[n + t] = np.float32(log)
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@loop(error_model="numpy")
 def forward(
     start, stop, items, q_ND, k, ks, v, vs, out_ND, lse_N, blocks, partial, tiles_PMR, sizes, scale
 ):  # type: ignore[no-untyped-def]

@@ -12,6 +12,7 @@ import math
 import numba
 import numpy as np
 
+from ...compiled import loop
 from .forward import FAR, FRESH, NONE, ONE, THIN, WIDTH, hide, multiplier, place, powers, put, raise_tops
 from .tile import ROWS, VECTORS, paired_exponentials, product
 
@@ -33,7 +34,7 @@ def _powers(S, pairs, lanes, top, total, P, scale):  # type: ignore[no-untyped-d
             y += THIN
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@loop(error_model="numpy")
 def pair_values(start, stop, v_XSD, out_XZD):  # type: ignore[no-untyped-def]
     """out[x, z, d] = keys 2z (low half) and 2z + 1 of v, uint16, for x in start .. stop; an odd last key is paired with 0."""
     S, D = v_XSD.shape[1:]
@@ -46,7 +47,7 @@ def pair_values(start, stop, v_XSD, out_XZD):  # type: ignore[no-untyped-def]
                 out_XZD[x, S // 2, d] = np.uint32(v_XSD[x, S - 1, d])
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@loop(error_model="numpy")
 def forward(
     start, stop, items, q_NE, k, ks, v, vs, out_ND, lse_N, blocks, partial, tiles_PMR, sizes, scale
 ):  # type: ignore[no-untyped-def]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from ..native import transformed
 from .mask import BlockMask, as_mask, ask, by_head
 from .reference import block_attention_reference
 from .softmax import attend
@@ -65,6 +66,7 @@ def _chunk(
     if not any(x.stride(0) or x.stride(1) for x in (blocks, partial) if x is not None) and not (allowed is not None and by_head(allowed)):
         blocks, partial = blocks[:1, :1], None if partial is None else partial[:1, :1]       # expanded: one mask serves every head
     chosen, index = blocks.to(torch.uint8).topk(most, -1)
+    index = torch.where(chosen.bool(), index, index[..., :1])       # places left over: no block is read that its row did not choose
     at = (base_BH[..., None, None] + index).flatten()
     shape = (B, H, C, most * M, D)
     k, v = k_XMD.index_select(0, at).view(shape), v_XMD.index_select(0, at).view(shape)
@@ -74,12 +76,13 @@ def _chunk(
     if causal:
         keep = keep & (key[..., None, :] <= query_CR[..., None])
     if allowed is not None:
-        keep = keep & ask(allowed, query_CR[..., None], key[..., None, :], torch.arange(H, device=at.device)[:, None, None, None])
+        asked = query_CR.clamp_max(S - 1)[..., None], key.clamp_max(S - 1)[..., None, :]
+        keep = keep & ask(allowed, *asked, torch.arange(H, device=at.device)[:, None, None, None])
     if partial is not None and mask.tiles is not None:
         number = partial.expand(index.shape[:3] + partial.shape[3:]).gather(-1, index)
         inside = mask.tiles[number.clamp_min(0)] | (number < 0)[..., None, None]                      # [b, h, C, K, R, M]
         keep = keep & inside.transpose(3, 4).flatten(-2)
-    if return_lse:
+    if return_lse or transformed():                        # torch's own attention has no forward-mode derivative
         return attend(q_BHCRD, k, v, keep, scale)
     # [B * H, C] as batch and heads; a query without keys comes out as zeros
     heads = keep.shape[:2] if keep.shape[:2].numel() == 1 else (B, H)

@@ -67,7 +67,6 @@ class Irregular:
 
     def _allowed(self, i: Tensor, j: Tensor, head: Tensor) -> Tensor:
         group = head // self.share
-        i, j = i.clamp_max(self.length - 1), j.clamp_max(self.length - 1)
         bucket = self.bucket_q[head, i]
         return (bucket == self.bucket_k[group, j]) & (bucket >= 0) & (self.place_k[group, j] <= self.place_q[head, i])
 

@@ -13,6 +13,7 @@ import math
 import numba
 import numpy as np
 
+from ...compiled import loop
 from .forward import FAR, FRESH, LANES, NONE, ONE, WIDTH, multiply, online, place, put
 from .tile import by_lanes
 
@@ -74,7 +75,7 @@ def _diagonals(q, start, stop, back, taken, k, v, base, E, first, channels, shif
                 _sums(scores, y * WIDTH, LANES, v, base + d * E + y * WIDTH, shift, NONE, O, d * LANES + y * WIDTH, count, keep, y * WIDTH)
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@loop(error_model="numpy")
 def lines(
     begin, finish, items, q_ND, k, ks, v, vs, start_X, at_C, kc, vc, dense_XG, near_XE, taken_XE, single_X, back, kt, vt, sizes, scale,
     out_ND, lse_N

@@ -48,8 +48,8 @@ def line_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, column_BHS: T
     Raises:
         BadInput: shapes that do not fit.
     """
-    (B, H, T, D), (G, S) = q_BHTD.shape, k_BGSD.shape[1:3]
     check_shapes(q_BHTD, k_BGSD, v_BGSD)
+    (B, H, T, D), (G, S) = q_BHTD.shape, k_BGSD.shape[1:3]
     for what, x in (("columns", column_BHS), ("distances", back_BHS)):
         if x.dtype != torch.bool or x.ndim != 3 or x.shape[0] not in (1, B) or x.shape[1] not in (1, H) or x.shape[2] != S:
             raise BadInput(f"{what} must be bool [{B}, {H}, {S}], not {x.dtype} {list(x.shape)}")

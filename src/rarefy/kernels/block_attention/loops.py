@@ -14,6 +14,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
+from ...compiled import loop
 from .forward import FAR, ONE, powers
 from .tile import W, prefetch
 
@@ -132,7 +133,7 @@ def _wanted(chosen_HN, h, share, order):  # type: ignore[no-untyped-def]
     return count
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@loop(error_model="numpy")
 def pages(start, stop, q, k, ks, v, vs, chosen_BHN, block, sizes, out, top, total, lse):  # type: ignore[no-untyped-def]
     """Key heads start .. stop of B * G, a page at a time for all query heads that chose it, so that it is read from memory once.
 
@@ -176,7 +177,7 @@ def pages(start, stop, q, k, ks, v, vs, chosen_BHN, block, sizes, out, top, tota
             _end(out, r * D, D, top, total, lse, r)
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@loop(error_model="numpy")
 def tokens(start, stop, q, k, ks, v, vs, index_BHTK, bias_BHTK, sizes, out, top, total, lse):  # type: ignore[no-untyped-def]
     """Queries start .. stop of B * H * T, each over its list; the index's and the bias's B, H and T may be 1; no bias: K is 0."""
     H, G, T, D = sizes
@@ -204,33 +205,36 @@ def tokens(start, stop, q, k, ks, v, vs, index_BHTK, bias_BHTK, sizes, out, top,
         _end(out, r * D, D, top, total, lse, r)
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
-def rows(start, stop, q, k, ks, v, vs, keep_BHTS, causal, sizes, out, top, total, lse):  # type: ignore[no-untyped-def]
-    """Queries start .. stop of B * H * T, each over the keys that its row of the mask keeps; the mask's B and H may be 1."""
-    H, G, T, D = sizes
-    S = keep_BHTS.shape[3]
+@loop(error_model="numpy")
+def rows(start, stop, q, k, ks, v, vs, keep_BHTN, block, causal, sizes, out, top, total, lse):  # type: ignore[no-untyped-def]
+    """Queries start .. stop of B * H * T, each over the keys of the blocks that its row of the mask keeps; the mask's B and H may be 1."""
+    H, G, S, T, D = sizes
     score, level, sums = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
     at_k, at_v = np.empty(CHUNK, np.int64), np.empty(CHUNK, np.int64)
     for r in range(start, stop):
         b, h, t = r // (H * T), r // T % H, r % T
         g = h // (H // G)
-        keep = keep_BHTS[min(b, keep_BHTS.shape[0] - 1), min(h, keep_BHTS.shape[1] - 1), t]
+        keep = keep_BHTN[min(b, keep_BHTN.shape[0] - 1), min(h, keep_BHTN.shape[1] - 1), t]
         top[r], total[r] = FAR, np.float32(0.0)
         for i in range(D):
             out[r * D + i] = np.float32(0.0)
         count, end = 0, S - T + t + 1 if causal else S
-        for s in range(end):
-            if keep[s]:
+        for n in range((end + block - 1) // block):
+            if not keep[n]:
+                continue
+            for s in range(n * block, min((n + 1) * block, end)):
                 score[count] = np.float32(0.0)
                 at_k[count], at_v[count] = b * ks[0] + g * ks[1] + s * ks[2], b * vs[0] + g * vs[1] + s * vs[2]
                 count += 1
-            if count == CHUNK or (s == end - 1 and count):
-                _step(q, r * D, D, k, at_k, v, at_v, count, score, level, sums, out, r * D, top, total, r)
-                count = 0
+                if count == CHUNK:
+                    _step(q, r * D, D, k, at_k, v, at_v, count, score, level, sums, out, r * D, top, total, r)
+                    count = 0
+        if count:
+            _step(q, r * D, D, k, at_k, v, at_v, count, score, level, sums, out, r * D, top, total, r)
         _end(out, r * D, D, top, total, lse, r)
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
+@loop(fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
 def bounds(start, stop, q_XED, meta_XNE, out_XEN):  # type: ignore[no-untyped-def]
     """Key heads start .. stop: out[x, e, n] = sum over d of max(q, 0) * highest + min(q, 0) * lowest; meta holds highest, then lowest."""
     share, D = q_XED.shape[1:]
@@ -247,7 +251,7 @@ def bounds(start, stop, q_XED, meta_XNE, out_XEN):  # type: ignore[no-untyped-de
                 out_XEN[x, e, n] = total
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@loop(error_model="numpy")
 def mark(start, stop, score_XN, least_X, keep, out_XN):  # type: ignore[no-untyped-def]
     """out[x, n] = score is among the `keep` highest of its row, whose lowest is least[x]; of equals the first."""
     for x in range(start, stop):
@@ -269,7 +273,7 @@ def _sortable(i):  # type: ignore[no-untyped-def]
     return np.int32(0) if i == np.int32(-0x80000000) else np.int32(i ^ ((i >> 31) & np.int32(0x7FFFFFFF)))
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@loop(error_model="numpy")
 def highest(start, stop, bits_XN, keep_X, out_XN):  # type: ignore[no-untyped-def]
     """out[x, n] = the float32 of bits[x, n] is among the keep[x] highest of its row, of equals the first: the bound by its digits, of
     11, 11 and 10 bits, the later ones only over what shares the earlier."""

@@ -18,7 +18,8 @@ from ...errors import BadInput
 from .pairs import kept_pairs, visible_pairs
 
 Allowed = Callable[..., Tensor]
-"""(query positions [...], key positions [...]) -> bool, for patterns finer than a block; may take head indices as a third argument."""
+"""(query positions [...], key positions [...]) -> bool, for patterns finer than a block; may take head indices as a third argument.
+It is asked at positions in 0 .. S - 1 alone, so that it may look them up in a table of S."""
 
 _AT_ONCE = 1 << 20
 """Pairs expanded at a time."""
@@ -67,6 +68,8 @@ class BlockMask:
     query_block: int
 
     def __post_init__(self) -> None:
+        if self.block < 1 or self.query_block < 1:
+            raise BadInput(f"block={self.block} and query_block={self.query_block} must be at least 1")
         if self.blocks.ndim != 4 or self.blocks.dtype != torch.bool:
             raise BadInput(f"blocks must be bool [b, h, Q, N], not {self.blocks.dtype} {list(self.blocks.shape)}")
         if (self.partial is None) != (self.tiles is None):
@@ -103,7 +106,7 @@ class BlockMask:
             head, row, column = at_X3.unbind(1)
             query = ((first + row)[:, None] * query_block + within_R)[:, :, None]
             key = (column[:, None] * block + within_M)[:, None]
-            tile_XRM = ask(allowed, query, key, head_H[head][:, None, None]).expand(len(row), query_block, block)
+            tile_XRM = ask(allowed, query.clamp_max(S - 1), key.clamp_max(S - 1), head_H[head][:, None, None]).expand(len(row), query_block, block)
             there = (query >= S - T) & (query < S) & (key < S)          # pairs that do not exist must not split equal tiles
             tile_XRM = tile_XRM | ~there
             whole_X, none_X = tile_XRM.all(-1).all(-1), ~(tile_XRM & there).any(-1).any(-1)
@@ -138,7 +141,9 @@ class BlockMask:
         at_T = torch.arange(S - T, S, device=device)
         last_T = at_T if causal else torch.full_like(at_T, S - 1)
         start_N = torch.arange(self.blocks.shape[-1], device=device) * self.block
-        pairs_TN = (last_T[:, None] + 1 - start_N).clamp(0, self.block).minimum((S - start_N).clamp_max(self.block)).double()
+        pairs_TN = (last_T[:, None] + 1 - start_N).minimum((S - start_N).clamp_max(self.block)).clamp_min_(0).double()
+        if self.query_block == 1:
+            return pairs_TN
         pairs_QN = torch.zeros(self.blocks.shape[2:], dtype=torch.float64, device=device)
         return pairs_QN.index_add_(0, at_T // self.query_block - (S - T) // self.query_block, pairs_TN)
 

@@ -1,7 +1,6 @@
 """Vector code that loops of numba call: a register tile of a matrix product, and the two passes of an online softmax.
 
 Written in LLVM's own language, so that sums stay in registers whatever an optimiser thinks of the loop, and width and tile follow the host.
-numba keeps what it compiled by the date of the file that a loop stands in: after a change here, touch the files that import this one.
 A tile of logits lies [key, query]: queries are the lanes of vectors, so that maximum, exponential and sum need no shuffles.
 
 Shape letters: L = lanes (queries in a tile), W = numbers in a vector, V = vectors side by side, R = rows of a product at a time.

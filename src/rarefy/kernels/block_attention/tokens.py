@@ -35,10 +35,11 @@ def token_attention(
     Raises:
         BadInput: shapes that do not fit, an index that is no key, tensors on different devices.
     """
+    check_shapes(q_BHTD, k_BGSD, v_BGSD)
     B, H, T, D = q_BHTD.shape
     G, S = k_BGSD.shape[1:3]
-    check_shapes(q_BHTD, k_BGSD, v_BGSD)
-    if index_BHTK.is_floating_point() or index_BHTK.ndim != 4 or any(n not in (1, m) for n, m in zip(index_BHTK.shape, (B, H, T), strict=False)):
+    unfit = index_BHTK.is_floating_point() or index_BHTK.dtype == torch.bool or index_BHTK.ndim != 4
+    if unfit or any(n not in (1, m) for n, m in zip(index_BHTK.shape, (B, H, T), strict=False)):
         raise BadInput(f"index must be whole numbers [{B}, {H}, {T}, K], not {index_BHTK.dtype} {list(index_BHTK.shape)}")
     if index_BHTK.device != q_BHTD.device:
         raise BadInput(f"queries are on {q_BHTD.device}, the index on {index_BHTK.device}: move them to one device")
@@ -46,7 +47,11 @@ def token_attention(
         raise BadInput(f"index goes from {int(index_BHTK.min())} to {int(index_BHTK.max())}; there are {S} keys, and -1 is no key")
     index = index_BHTK.long().expand(B, H, T, -1)
     K = index.shape[-1]
-    bias = None if bias_BHTK is None else bias_BHTK.expand(B, H, T, K)
+    bias = None
+    if bias_BHTK is not None:
+        if bias_BHTK.ndim != 4 or any(n not in (1, m) for n, m in zip(bias_BHTK.shape, (B, H, T, K), strict=True)):
+            raise BadInput(f"bias {list(bias_BHTK.shape)} must be [{B}, {H}, {T}, {K}], where any dimension may be 1")
+        bias = bias_BHTK.expand(B, H, T, K)
     if not q_BHTD.numel() or not K or not S:
         out, lse = torch.zeros_like(q_BHTD), q_BHTD.new_full((B, H, T), -torch.inf, dtype=torch.promote_types(q_BHTD.dtype, torch.float32))
         return (out, lse) if return_lse else out
@@ -71,8 +76,12 @@ def token_attention(
 
 def check_shapes(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> None:
     """Raise BadInput where queries, keys and values do not belong together."""
+    if not q_BHTD.ndim == k_BGSD.ndim == v_BGSD.ndim == 4:
+        raise BadInput(f"queries {list(q_BHTD.shape)}, keys {list(k_BGSD.shape)} and values {list(v_BGSD.shape)} need four dims, as [B, H, T, D]")
     B, H, _, D = q_BHTD.shape
     if not k_BGSD.shape[1] or H % k_BGSD.shape[1] or k_BGSD.shape != v_BGSD.shape or k_BGSD.shape[0] != B or k_BGSD.shape[-1] != D:
         raise BadInput(f"queries {list(q_BHTD.shape)} do not fit keys {list(k_BGSD.shape)} and values {list(v_BGSD.shape)}")
     if not q_BHTD.device == k_BGSD.device == v_BGSD.device:
         raise BadInput(f"queries are on {q_BHTD.device}, keys on {k_BGSD.device}, values on {v_BGSD.device}: move them to one device")
+    if not q_BHTD.is_floating_point() or (not q_BHTD.dtype == k_BGSD.dtype == v_BGSD.dtype and not torch.is_autocast_enabled(q_BHTD.device.type)):
+        raise BadInput(f"queries are {q_BHTD.dtype}, keys {k_BGSD.dtype}, values {v_BGSD.dtype}: give all in one dtype of floating point")

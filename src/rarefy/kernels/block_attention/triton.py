@@ -40,7 +40,7 @@ def _logits(q_RC, k_MC, at_R, key_M, there_R, S, scale2, partial, tiles, place, 
     if CAUSAL:
         keep = keep & (key_M[None, :] <= at_R[:, None])
     if PARTIAL:
-        number = tl.load(partial + place)
+        number = tl.load(partial + place).to(tl.int64)
         inside = tl.load(tiles + tl.maximum(number, 0) * R * M + tl.arange(0, R)[:, None] * M + tl.arange(0, M)[None, :])
         keep = keep & ((number < 0) | (inside != 0))
     return tl.where(keep, s_RM, float("-inf"))

@@ -13,9 +13,33 @@ from torch import Tensor
 
 from ...errors import BadInput
 from .. import native
-from .reference import bitmap_attention_reference, code_attention_reference, unpack_rows
+from .reference import bitmap_attention_reference, code_attention_reference, prune_rows_reference, unpack_rows
 
-__all__ = ["bitmap_attention", "bitmap_attention_reference", "code_attention", "code_attention_reference", "unpack_rows"]
+__all__ = [
+    "bitmap_attention", "bitmap_attention_reference", "code_attention", "code_attention_reference", "prune_rows",
+    "prune_rows_reference", "unpack_rows",
+]
+
+
+_UNKNOWN = "a code names an atom that the dictionary has not"
+
+
+def prune_rows(x: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """(bitmap [..., E] uint8, values [..., keep] in order of channel) of the `keep` largest magnitudes of each row of finite numbers.
+
+    Raises:
+        BadInput: more channels asked for than there are, or none.
+    """
+    if not 1 <= keep <= x.shape[-1]:
+        raise BadInput(f"keep={keep} must lie within 1 .. {x.shape[-1]} channels")
+    if not native.serves(x, dtypes=(torch.float32,)):
+        return prune_rows_reference(x, keep)
+    from .cpu import prune
+
+    bits, values = torch.zeros(*x.shape[:-1], -(-x.shape[-1] // 8), dtype=torch.uint8), x.new_empty(*x.shape[:-1], keep)
+    rows = x.shape[:-1].numel()
+    native.spread(prune, rows, native.array(x).reshape(rows, -1), bits.view(rows, -1).numpy(), values.view(rows, -1).numpy())
+    return bits, values
 
 
 def bitmap_attention(
@@ -57,17 +81,27 @@ def code_attention(
     for what, index, weight, atoms in (("keys", k_index_BGSK, k_BGSK, k_atoms_AD), ("values", v_index_BGSK, v_BGSK, v_atoms_AD)):
         if index.shape != weight.shape or index.is_floating_point() or atoms.ndim != 2 or atoms.shape[1] != D:
             raise BadInput(f"{what}: numbers {list(index.shape)}, weights {list(weight.shape)}, atoms {list(atoms.shape)} do not fit width {D}")
-    if not native.serves(q_BH1D, k_BGSK, v_BGSK, k_atoms_AD, v_atoms_AD, dtypes=(torch.float32,)):
-        return code_attention_reference(
-            q_BH1D, k_index_BGSK, k_BGSK, v_index_BGSK, v_BGSK, k_atoms_AD, v_atoms_AD, count_B, scale=scale)
+    some = k_index_BGSK.shape[3] and v_index_BGSK.shape[3]                          # the loops take at least one atom a row
+    if not some or not native.serves(q_BH1D, k_BGSK, v_BGSK, k_atoms_AD, v_atoms_AD, dtypes=(torch.float32,)):
+        k_index, v_index = (_known(i, len(atoms), count_B) for i, atoms in ((k_index_BGSK, k_atoms_AD), (v_index_BGSK, v_atoms_AD)))
+        return code_attention_reference(q_BH1D, k_index, k_BGSK, v_index, v_BGSK, k_atoms_AD, v_atoms_AD, count_B, scale=scale)
     from .cpu import codes, run
 
     on_BHA = (q_BH1D[:, :, 0] @ k_atoms_AD.T)[:, :, None]
     held = (k_index_BGSK, k_BGSK, v_index_BGSK, v_BGSK)
     out, lse = run(codes, on_BHA, count_B, scale, *held, width=len(v_atoms_AD), atoms=(len(k_atoms_AD), len(v_atoms_AD)))
     if bool(lse.isnan().any()):
-        raise BadInput("a code names an atom that the dictionary has not")
+        raise BadInput(_UNKNOWN)
     return out @ v_atoms_AD, lse
+
+
+def _known(index_BGSK: Tensor, atoms: int, count_B: Tensor) -> Tensor:
+    """int64 numbers of atoms, 0 behind each row's last, where anything may stand."""
+    there = (torch.arange(index_BGSK.shape[2], device=index_BGSK.device) < count_B[:, None])[:, None, :, None]
+    index = torch.where(there, index_BGSK.long(), 0)
+    if bool(((index < 0) | (index >= max(1, atoms))).any()):
+        raise BadInput(_UNKNOWN)
+    return index
 
 
 def _check(q_BH1D: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, count_B: Tensor) -> None:

@@ -18,167 +18,231 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from ...compiled import loop
 from .. import native
-from ..block_attention.forward import FAR, ONE, powers
-from ..block_attention.tile import W
+from ..block_attention.few import dots, exps, mix, soften, tops
+from ..block_attention.forward import FAR
+from ..block_attention.tile import WIDE, W, _load, _loop, _number, _store
 
+FOUR = 4
+"""Query heads that a code is read once for."""
 CHUNK = 64
 """Keys whose logits exist at a time."""
-_SUMS = {"contract", "reassoc", "nsz"}
 _LOG2 = np.float32(math.log(2))
 _F32, _I64, _I16 = ir.FloatType(), ir.IntType(64), ir.IntType(16)
 
 
-@intrinsic
-def _expand(typing, out, o, values, at, mask):  # type: ignore[no-untyped-def]
-    """out[o : o + 16] = values[at], values[at + 1], ... in turn at the set bits of the uint16 mask, 0 elsewhere; reads no further."""
+def _expanding(whole: bool) -> Any:
+    """Intrinsic: out[o : o + 16] = values[at], values[at + 1], ... in turn at the set bits of the uint16 mask, 0 elsewhere; gives how many.
 
-    def generate(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        vector = ir.VectorType(_F32, 16)
-        to, source = (context.make_array(sig.args[i])(context, builder, args[i]).data for i in (0, 2))
-        chosen = builder.bitcast(builder.trunc(args[4], _I16), ir.VectorType(ir.IntType(1), 16))
-        pointer = builder.gep(source, [args[3]])
-        kind = ir.FunctionType(vector, [pointer.type, chosen.type, vector])
-        f = cgutils.get_or_insert_function(builder.module, kind, "llvm.masked.expandload.v16f32")
-        got = builder.call(f, [pointer, chosen, ir.Constant(vector, [0.0] * 16)])
-        builder.store(got, builder.bitcast(builder.gep(to, [args[1]]), vector.as_pointer())).align = 4
-        return context.get_dummy_value()
+    No more is read than there are bits, or with `whole`, for AVX-512 alone and several times faster, 16 values.
+    """
+    @intrinsic
+    def run(typing, out, o, values, at, mask):  # type: ignore[no-untyped-def]
+        def generate(context, builder, sig, args):  # type: ignore[no-untyped-def]
+            vector = ir.VectorType(_F32, 16)
+            to, source = (context.make_array(sig.args[i])(context, builder, args[i]).data for i in (0, 2))
+            bits = builder.trunc(args[4], _I16)
+            chosen, zeros = builder.bitcast(bits, ir.VectorType(ir.IntType(1), 16)), ir.Constant(vector, [0.0] * 16)
+            given: Any = _load(builder, source, args[3], vector) if whole else builder.gep(source, [args[3]])
+            order, name = ([given, zeros, chosen], "x86.avx512.mask.expand") if whole else ([given, chosen, zeros], "masked.expandload")
+            f = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [x.type for x in order]), f"llvm.{name}.v16f32")
+            _store(builder, to, args[1], builder.call(f, order))
+            return builder.zext(builder.ctpop(bits), _I64)
 
-    return types.void(out, types.int64, values, types.int64, types.int64), generate
+        return types.uint64(out, types.uint64, values, types.uint64, types.uint64), generate
+
+    return run
 
 
-@numba.njit(nogil=True, error_model="numpy")
-def _write_out(bits_SE, values, first, count, C, wide, tile):  # type: ignore[no-untyped-def]
-    """tile[j * wide : (j + 1) * wide] = row first + j, 16 channels at a time."""
-    E = bits_SE.shape[1]
-    for j in range(count):
-        at = (first + j) * C
-        for n in range(wide // 16):
-            mask = np.int64(bits_SE[first + j, 2 * n])
-            if 2 * n + 1 < E:
-                mask |= np.int64(bits_SE[first + j, 2 * n + 1]) << 8
-            _expand(tile, j * wide + 16 * n, values, at, mask)
-            mask = mask - ((mask >> 1) & 0x5555)                     # bits set, in pairs, fours, ...
-            mask = (mask & 0x3333) + ((mask >> 2) & 0x3333)
-            mask = (mask + (mask >> 4)) & 0x0F0F
-            at += (mask + (mask >> 8)) & 31
+_expand, _expand_whole = _expanding(False), _expanding(WIDE)
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _soften(score, count, r, top, total, level, sums):  # type: ignore[no-untyped-def]
-    """score = 2^(score - new top); total and top brought up to date; gives what earlier sums shrink by."""
-    most = top[r]
-    for j in range(count):
-        most = score[j] if score[j] > most else most
-    padded = (count + W - 1) // W * W
-    for j in range(count, padded):
+def _write_out(bits, E, values, first, count, C, wide, tile):  # type: ignore[no-untyped-def]
+    """tile[j * wide : (j + 1) * wide] = row first + j, 16 channels at a time; unsigned, since an index below 0 would be asked about."""
+    pairs, groups, size = np.uint64(E // 2), np.uint64(wide // 16), np.uint64(len(values))
+    one, two, full = np.uint64(1), np.uint64(2), np.uint64(16)
+    for j in range(np.uint64(count)):
+        at, to, byte = (np.uint64(first) + j) * np.uint64(C), j * np.uint64(wide), (np.uint64(first) + j) * np.uint64(E)
+        for n in range(groups):
+            mask = np.uint64(bits[byte + two * n])
+            if n < pairs:
+                mask |= np.uint64(bits[byte + two * n + one]) << np.uint64(8)
+            if at + full <= size:
+                at += _expand_whole(tile, to + full * n, values, at, mask)
+            else:
+                at += _expand(tile, to + full * n, values, at, mask)
+
+
+def _by_code(scatter: bool) -> Any:
+    """Intrinsic over count >= 1 weights w[w0 + n] and their numbers i[w0 + n] (a code's place in both): with table[a] FOUR numbers side by
+    side, y[y0 :] = sum of w table[i]; with `scatter` instead table[i] += w y[y0 :]."""
+    @intrinsic
+    def run(typing, w, w0, i, count, table, y, y0):  # type: ignore[no-untyped-def]
+        def generate(context, builder, sig, args):  # type: ignore[no-untyped-def]
+            w_, w0_, i_, count_, table_, y_, y0_ = args
+            pw, pi, pt, py = (context.make_array(sig.args[n])(context, builder, x).data for n, x in ((0, w_), (2, i_), (4, table_), (5, y_)))
+            four = ir.VectorType(_F32, FOUR)
+            f = cgutils.get_or_insert_function(builder.module, ir.FunctionType(four, [four] * 3), "llvm.fma.v4f32")
+            there = _load(builder, py, y0_, four) if scatter else ir.Constant(four, [0.0] * FOUR)
+            n, sums, finish = _loop(builder, count_, [] if scatter else [there])
+            at = builder.add(w0_, n)
+            number = builder.load(builder.gep(pi, [at]))
+            widen = builder.sext if sig.args[2].dtype.signed else builder.zext
+            place = builder.mul(widen(number, _I64) if number.type.width < 64 else number, _number(FOUR))
+            one = builder.insert_element(ir.Constant(four, ir.Undefined), builder.load(builder.gep(pw, [at])), ir.Constant(ir.IntType(32), 0))
+            by = builder.shuffle_vector(one, ir.Constant(four, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), FOUR), None))
+            row = _load(builder, pt, place, four)
+            if scatter:
+                _store(builder, pt, place, builder.call(f, [by, there, row]))
+                finish([])
+            else:
+                _store(builder, py, y0_, finish([builder.call(f, [by, row, sums[0]])])[0])
+            return context.get_dummy_value()
+
+        return types.void(w, types.int64, i, types.int64, table, y, types.int64), generate
+
+    return run
+
+
+gather_four, scatter_four = _by_code(False), _by_code(True)
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _soften_four(score, count, top, total, keep, level_W, sums_W):  # type: ignore[no-untyped-def]
+    """An online softmax over `count` more keys of FOUR queries side by side; `keep` is what earlier sums shrink by."""
+    padded = (count * FOUR + W - 1) // W * W
+    for j in range(count * FOUR, padded):
         score[j] = np.float32(-np.inf)
-    for j in range(padded):
-        level[j], sums[j] = most, np.float32(0.0)
-    powers(score, ONE, padded, level, sums)
-    keep, more = np.float32(math.exp2(top[r] - most)), np.float32(0.0)
-    for j in range(count):
-        more += score[j]
-    total[r], top[r] = total[r] * keep + more, most
-    return keep
-
-
-@numba.njit(nogil=True, fastmath=_SUMS, error_model="numpy")
-def _dots(q, tile, count, wide, score):  # type: ignore[no-untyped-def]
-    """score[j] = q . row j of the tile."""
-    j, n = 0, np.uint64(wide)
-    while j < count:
-        a = np.uint64(j * wide)
-        x = np.float32(0)
-        for i in range(n):
-            x += q[i] * tile[a + i]
-        score[j] = x
-        j += 1
-
-
-@numba.njit(nogil=True, fastmath=_SUMS, error_model="numpy")
-def _mix(weight, tile, count, wide, out, keep):  # type: ignore[no-untyped-def]
-    """out = keep * out + sum of weight[j] * row j, four rows at a time; rows behind the last have weight 0."""
-    n = np.uint64(wide)
-    for i in range(n):
-        out[i] *= keep
-    for j in range(0, count, 4):
-        a = np.uint64(j * wide)
-        w, x, y, z = weight[j], weight[j + 1], weight[j + 2], weight[j + 3]
-        for i in range(n):
-            out[i] += w * tile[a + i] + x * tile[a + n + i] + y * tile[a + n + n + i] + z * tile[a + n + n + n + i]
+    for i in range(W):
+        level_W[i], sums_W[i] = top[i % FOUR], np.float32(0.0)
+    tops(score, 0, W, padded // W, level_W, 0)
+    for r in range(FOUR):
+        new = level_W[r]
+        for i in range(r, W, FOUR):
+            new = level_W[i] if level_W[i] > new else new
+        keep[r] = np.float32(math.exp2(top[r] - new))
+        top[r], total[r] = new, total[r] * keep[r]
+    for i in range(W):
+        level_W[i] = top[i % FOUR]
+    exps(score, 0, W, padded // W, level_W, sums_W, 0)
+    for i in range(W):
+        total[i % FOUR] += sums_W[i]
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _finish(acc, U, top, total, out_U, lse_X, r):  # type: ignore[no-untyped-def]
-    by = np.float32(1.0) / total if total > 0 else np.float32(0.0)
-    for i in range(U):
-        out_U[i] = acc[i] * by
-    lse_X[r] = (top + np.float32(math.log2(total))) * _LOG2 if total > 0 else np.float32(-np.inf)
+def _lse(top, total):  # type: ignore[no-untyped-def]
+    return (top + np.float32(math.log2(total))) * _LOG2 if total > 0 else np.float32(-np.inf)
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@loop(error_model="numpy")
 def bitmaps(start, stop, q_XRU, G, count_B, k_bits, k, v_bits, v, atoms, out_XRU, lse_XR):  # type: ignore[no-untyped-def]
     """Key heads start .. stop: a chunk of keys is written out once for all query heads of the key head, then its values."""
     R, D = q_XRU.shape[1:]
     C, Cv = k.shape[3], v.shape[3]
     wide = (D + 15) // 16 * 16
-    tile, q = np.zeros(CHUNK * wide, np.float32), np.zeros((R, wide), np.float32)
-    score, acc = np.zeros((R, CHUNK + W), np.float32), np.zeros((R, wide), np.float32)
-    level, sums = np.empty(CHUNK + W, np.float32), np.empty(CHUNK + W, np.float32)
-    top, total, keep = np.empty(R, np.float32), np.empty(R, np.float32), np.empty(R, np.float32)
+    tile, q, acc, rows = np.zeros(CHUNK * wide, np.float32), np.zeros(R * wide, np.float32), np.zeros(R * wide, np.float32), np.empty(CHUNK, np.int64)
+    score = np.zeros(R * CHUNK, np.float32)
+    level, sums = np.empty(W, np.float32), np.empty(W, np.float32)
+    top, total = np.empty(R, np.float32), np.empty(R, np.float32)
+    for j in range(CHUNK):
+        rows[j] = j * wide
     for x in range(start, stop):
         b, g = x // G, x % G
-        q[:, :D], acc[:], top[:], total[:] = q_XRU[x], np.float32(0.0), FAR, np.float32(0.0)
-        k_flat, v_flat = k[b, g].reshape(-1), v[b, g].reshape(-1)
+        for r in range(R):
+            q[r * wide : r * wide + D] = q_XRU[x, r]
+        acc[:], top[:], total[:] = np.float32(0.0), FAR, np.float32(0.0)
+        k_flat, v_flat, k_map, v_map = k[b, g].reshape(-1), v[b, g].reshape(-1), k_bits[b, g].reshape(-1), v_bits[b, g].reshape(-1)
         for first in range(0, count_B[b], CHUNK):
             more = min(CHUNK, count_B[b] - first)
-            _write_out(k_bits[b, g], k_flat, first, more, C, wide, tile)
+            _write_out(k_map, k_bits.shape[3], k_flat, first, more, C, wide, tile)
             for r in range(R):
-                _dots(q[r], tile, more, wide, score[r])
-                keep[r] = _soften(score[r], more, r, top, total, level, sums)
-            _write_out(v_bits[b, g], v_flat, first, more, Cv, wide, tile)
-            for r in range(R):
-                _mix(score[r], tile, more, wide, acc[r], keep[r])
+                dots(q, r * wide, wide, tile, rows, 0, more, score, r * CHUNK)
+                new, extra = soften(score, r * CHUNK, more, top[r], level, sums)
+                if new > top[r]:
+                    keep = np.float32(math.exp2(top[r] - new))
+                    top[r], total[r] = new, total[r] * keep
+                    for i in range(r * wide, (r + 1) * wide):
+                        acc[i] *= keep
+                total[r] += extra
+            _write_out(v_map, v_bits.shape[3], v_flat, first, more, Cv, wide, tile)
+            mix(score, 0, CHUNK, R, tile, rows, 0, more, wide, acc, 0, wide)
         for r in range(R):
-            _finish(acc[r], D, top[r], total[r], out_XRU[x, r], lse_XR[x], r)
+            by = np.float32(1.0) / total[r] if total[r] > 0 else np.float32(0.0)
+            for i in range(D):
+                out_XRU[x, r, i] = acc[r * wide + i] * by
+            lse_XR[x, r] = _lse(top[r], total[r])
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@numba.njit(nogil=True, error_model="numpy")
+def _within(index, count, atoms):  # type: ignore[no-untyped-def]
+    """Whether the first `count` numbers are numbers of atoms."""
+    low, high = index.dtype.type(0), index.dtype.type(0)
+    for n in range(count):
+        low, high = min(low, index[n]), max(high, index[n])
+    return low >= 0 and (high < atoms or not count)
+
+
+@loop(error_model="numpy")
 def codes(start, stop, on_XRU, G, count_B, k_index, k, v_index, v, atoms, out_XRU, lse_XR):  # type: ignore[no-untyped-def]
-    """Key heads start .. stop: logits are sums of q . atom, values are summed as weights of atoms; NaN in lse: an atom number out of range."""
-    R, U = out_XRU.shape[1:]
-    K, Kv = k.shape[3], v.shape[3]
-    score, acc = np.zeros(CHUNK + W, np.float32), np.empty(U, np.float32)
-    level, sums = np.empty(CHUNK + W, np.float32), np.empty(CHUNK + W, np.float32)
-    top, total = np.empty(1, np.float32), np.empty(1, np.float32)
+    """Key heads start .. stop: logits are sums of q . atom, values are summed as weights of atoms; NaN in lse: an atom number out of range.
+
+    FOUR query heads stand side by side, so that a code is read once for them and its weight serves all.
+    """
+    R, A = on_XRU.shape[1:]
+    U, K, Kv = out_XRU.shape[2], k.shape[3], v.shape[3]
+    on, acc, score = np.zeros(A * FOUR, np.float32), np.zeros(U * FOUR, np.float32), np.empty(CHUNK * FOUR + W, np.float32)
+    level, sums = np.empty(W, np.float32), np.empty(W, np.float32)
+    top, total, keep = np.empty(FOUR, np.float32), np.empty(FOUR, np.float32), np.empty(FOUR, np.float32)
     for x in range(start, stop):
-        b, g, good = x // G, x % G, True
-        for s in range(count_B[b]):
-            for n in range(K):
-                good &= 0 <= k_index[b, g, s, n] < atoms[0]
-            for n in range(Kv):
-                good &= 0 <= v_index[b, g, s, n] < atoms[1]
-        for r in range(R):
-            if not good:
-                lse_XR[x, r] = np.float32(np.nan)
-                continue
-            acc[:], top[0], total[0] = np.float32(0.0), FAR, np.float32(0.0)
+        b, g = x // G, x % G
+        ki, kw, vi, vw = k_index[b, g].reshape(-1), k[b, g].reshape(-1), v_index[b, g].reshape(-1), v[b, g].reshape(-1)
+        if not (_within(ki, count_B[b] * K, atoms[0]) and _within(vi, count_B[b] * Kv, atoms[1])):
+            lse_XR[x] = np.float32(np.nan)
+            continue
+        for r0 in range(0, R, FOUR):
+            for r in range(min(FOUR, R - r0)):
+                for a in range(A):
+                    on[a * FOUR + r] = on_XRU[x, r0 + r, a]
+            acc[:], top[:], total[:] = np.float32(0.0), FAR, np.float32(0.0)
             for first in range(0, count_B[b], CHUNK):
                 more = min(CHUNK, count_B[b] - first)
                 for j in range(more):
-                    sum_j = np.float32(0.0)
-                    for n in range(K):
-                        sum_j += k[b, g, first + j, n] * on_XRU[x, r, np.uint64(k_index[b, g, first + j, n])]
-                    score[j] = sum_j
-                keep = _soften(score, more, 0, top, total, level, sums)
-                if keep != np.float32(1.0):
-                    for i in range(U):
-                        acc[i] *= keep
+                    gather_four(kw, (first + j) * K, ki, K, on, score, j * FOUR)
+                _soften_four(score, more, top, total, keep, level, sums)
+                for r in range(FOUR):
+                    if keep[r] != np.float32(1.0):
+                        for a in range(U):
+                            acc[a * FOUR + r] *= keep[r]
                 for j in range(more):
-                    for n in range(Kv):
-                        acc[np.uint64(v_index[b, g, first + j, n])] += score[j] * v[b, g, first + j, n]
-            _finish(acc, U, top[0], total[0], out_XRU[x, r], lse_XR[x], r)
+                    scatter_four(vw, (first + j) * Kv, vi, Kv, acc, score, j * FOUR)
+            for r in range(min(FOUR, R - r0)):
+                by = np.float32(1.0) / total[r] if total[r] > 0 else np.float32(0.0)
+                for a in range(U):
+                    out_XRU[x, r0 + r, a] = acc[a * FOUR + r] * by
+                lse_XR[x, r0 + r] = _lse(top[r], total[r])
+
+
+@loop(error_model="numpy")
+def prune(start, stop, x_ND, bits_NE, values_NC):  # type: ignore[no-untyped-def]
+    """Rows start .. stop: the C largest magnitudes, of equals the first, in order of channel; bits come in as zeros."""
+    D, C = x_ND.shape[1], values_NC.shape[1]
+    size = np.empty(D, np.float32)
+    for n in range(start, stop):
+        for i in range(D):
+            size[i] = abs(x_ND[n, i])
+        least = np.sort(size)[D - C]
+        level = C
+        for i in range(D):
+            level -= size[i] > least
+        c = 0
+        for i in range(D):
+            if size[i] > least or (size[i] == least and level > 0):
+                level -= size[i] == least
+                bits_NE[n, i // 8] |= np.uint8(1 << (i % 8))
+                values_NC[n, c] = x_ND[n, i]
+                c += 1
 
 
 def whole(x_BGSC: Tensor) -> np.ndarray:

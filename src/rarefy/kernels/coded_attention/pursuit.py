@@ -11,6 +11,8 @@ import math
 import numba
 import numpy as np
 
+from ...compiled import loop
+
 _SUMS = {"contract", "reassoc", "nsz"}
 
 
@@ -22,7 +24,7 @@ def _dot(a, b):  # type: ignore[no-untyped-def]
     return total
 
 
-@numba.njit(cache=True, nogil=True)
+@loop()
 def pursuit(start, stop, x_ND, atoms_AD, index_NK, weight_NK):  # type: ignore[no-untyped-def]
     """Rows start .. stop of float64: index and weight come in as zeros, and stay so once nothing (1e-9 of the row) is left of it."""
     A, K = len(atoms_AD), index_NK.shape[1]

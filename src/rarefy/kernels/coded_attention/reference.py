@@ -7,8 +7,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..block_attention.softmax import attend
+
+
+def prune_rows_reference(x: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """See prune_rows."""
+    index = x.abs().sort(dim=-1, descending=True, stable=True).indices[..., :keep].sort(-1).values
+    bits = torch.zeros(x.shape, dtype=torch.uint8, device=x.device).scatter_(-1, index, 1)
+    weight = 2 ** torch.arange(8, dtype=torch.uint8, device=x.device)
+    return (pad(bits, (0, -x.shape[-1] % 8)).unflatten(-1, (-1, 8)) * weight).sum(-1, dtype=torch.uint8), x.gather(-1, index)
 
 
 def unpack_rows(bitmap: Tensor, values: Tensor, width: int) -> Tensor:

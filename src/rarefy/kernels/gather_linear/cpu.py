@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import compiled
+
 TILE = 2048
 """Outputs summed at a time: 8 KiB of sums stay in the first-level cache while the weight streams by."""
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -21,14 +23,14 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 @cache
 def _kernels() -> tuple[Any, Any] | None:
     """(float32 and float64, bfloat16 as bits), or None without numba."""
-    try:
-        import numba
-        import numpy as np
-    except ImportError:
+    if not compiled.available():
         return None
+    import numba
+    import numpy as np
+
     math = {"contract", "reassoc", "nsz"}
 
-    @numba.njit(cache=True, nogil=True, fastmath=math)
+    @compiled.loop(fastmath=math)
     def plain(x, index, columns, out, tile):  # type: ignore[no-untyped-def]
         kept = len(index)
         for start in range(0, len(out), tile):

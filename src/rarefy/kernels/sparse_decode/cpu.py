@@ -5,12 +5,12 @@ Shape letters: N = rows, M = kept pairs, F = units, D = width.
 
 from __future__ import annotations
 
-import numba
+from ...compiled import loop
 
 _SUMS = {"contract", "reassoc", "nsz"}
 
 
-@numba.njit(cache=True, nogil=True)
+@loop()
 def sort_by_unit(unit_M, begin_N, end_N, order_P, row_P, edges_F1):  # type: ignore[no-untyped-def]
     """Counting sort of the pairs m in begin_N[n] .. end_N[n] of each row n; edges_F1 comes in as zeros."""
     for n in range(len(begin_N)):
@@ -26,7 +26,7 @@ def sort_by_unit(unit_M, begin_N, end_N, order_P, row_P, edges_F1):  # type: ign
             order_P[at], row_P[at] = m, n
 
 
-@numba.njit(cache=True, nogil=True, fastmath=_SUMS)
+@loop(fastmath=_SUMS)
 def weighted_sums(start, stop, value_M, index_M, edges_N1, table_FD, begin_D, out_ND):  # type: ignore[no-untyped-def]
     """out[n] = begin + sum over the pairs m of row n of value[m] * table[index[m]]."""
     for n in range(start, stop):
@@ -45,7 +45,7 @@ def weighted_sums(start, stop, value_M, index_M, edges_N1, table_FD, begin_D, ou
             m += 1
 
 
-@numba.njit(cache=True, nogil=True, fastmath=_SUMS)
+@loop(fastmath=_SUMS)
 def products(start, stop, row_ND, unit_M, edges_N1, table_FD, out_M):  # type: ignore[no-untyped-def]
     """out[m] = row[n] . table[unit[m]] for the pairs of rows start..stop."""
     for n in range(start, stop):
@@ -57,7 +57,7 @@ def products(start, stop, row_ND, unit_M, edges_N1, table_FD, out_M):  # type: i
             out_M[m] = total
 
 
-@numba.njit(cache=True, nogil=True, fastmath=_SUMS)
+@loop(fastmath=_SUMS)
 def both_gradients(start, stop, value_M, order_M, row_M, edges_F1, grad_ND, table_FD, grad_M, grad_FD):  # type: ignore[no-untyped-def]
     """Of units start..stop: grad_M[m] = grad[n] . table[f] and grad_FD[f] = sum of value[m] * grad[n], reading grad[n] once."""
     for f in range(start, stop):

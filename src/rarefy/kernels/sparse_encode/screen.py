@@ -19,11 +19,11 @@ from __future__ import annotations
 
 from functools import cache
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...compiled import loop
 from .. import native, pool
 from ..sparse_decode.cpu import sort_by_unit
 from ..top_k.cpu import GROUP, kth_largest, take
@@ -40,7 +40,7 @@ def pays(rows: int, units: int, width: int, k: int) -> bool:
     return bool(fast and fast()) and torch.backends.mkldnn.is_available() and rows >= 128 and width >= 32 and units >= GROUP * k
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})
+@loop(fastmath={"contract", "reassoc", "nsz"})
 def halve(start, stop, full_ND, half_ND, size_N, lost_N):  # type: ignore[no-untyped-def]
     """Bits of each row rounded to bfloat16 (nearest, ties to even), its norm, and the norm of what rounding took away."""
     for n in range(start, stop):
@@ -55,7 +55,7 @@ def halve(start, stop, full_ND, half_ND, size_N, lost_N):  # type: ignore[no-unt
         size_N[n], lost_N[n] = np.sqrt(size), np.sqrt(lost)
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})
+@loop(fastmath={"nnan", "nsz"})
 def near_and_best(bits, bias, near, best):  # type: ignore[no-untyped-def]
     """q + bias of every unit, and the largest of each group; unit i is of group i mod G."""
     groups = len(best)
@@ -67,7 +67,7 @@ def near_and_best(bits, bias, near, best):  # type: ignore[no-untyped-def]
             best[g] = max(best[g], to[g])
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})
+@loop(fastmath={"nnan", "nsz"})
 def near_and_best_size(bits, bias, near, best):  # type: ignore[no-untyped-def]
     """near_and_best of |q + bias|; a loop of its own, so that the other does not pay for it."""
     groups = len(best)
@@ -79,7 +79,7 @@ def near_and_best_size(bits, bias, near, best):  # type: ignore[no-untyped-def]
             best[g] = max(best[g], to[g])
 
 
-@numba.njit(cache=True, nogil=True)
+@loop()
 def candidates(  # type: ignore[no-untyped-def]
     start, stop, bits_NF, size_N, lost_N, bias_F, size_G, lost_G, sums, reach, coarse, absolute, k, unit_NC, count_N
 ):
@@ -124,7 +124,7 @@ def candidates(  # type: ignore[no-untyped-def]
         count_N[n] = kept if kept <= room else 0
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})
+@loop(fastmath={"contract", "reassoc", "nsz"})
 def products_by_unit(start, stop, x_ND, weight_FD, bias_F, order_P, row_P, edges_F1, value_M):  # type: ignore[no-untyped-def]
     """value[order[p]] = x[row[p]] . weight[f] + bias[f] for the pairs p of units start..stop: each weight is read once."""
     for f in range(start, stop):
@@ -136,7 +136,7 @@ def products_by_unit(start, stop, x_ND, weight_FD, bias_F, order_P, row_P, edges
             value_M[order_P[p]] = total + bias_F[f]
 
 
-@numba.njit(cache=True, nogil=True)
+@loop()
 def choose(start, stop, unit_NC, value_NC, count_N, absolute, k, value_NK, index_NK):  # type: ignore[no-untyped-def]
     """The k largest of each row's candidates, of equals the lowest units; rows without candidates are left as they are."""
     key_C = np.empty(unit_NC.shape[1], np.int32)

@@ -39,7 +39,7 @@ def _torch(scores_NF: Tensor, k: int) -> Tensor:
     """By torch.topk, which leaves open which of equals it takes: rows where that matters are sorted."""
     top = scores_NF.topk(k, sorted=False)
     edge_N1 = top.values.amin(-1, keepdim=True)
-    open_N = (scores_NF == edge_N1).sum(-1) > (top.values == edge_N1).sum(-1)
+    open_N = edge_N1.isnan()[:, 0] | ((scores_NF == edge_N1).sum(-1) > (top.values == edge_N1).sum(-1))
     if open_N.any():
         top.indices[open_N] = top_k_reference(scores_NF[open_N], k)
     return top.indices

@@ -14,14 +14,15 @@ Shape letters: N = rows, F = units, K = kept, G = groups.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+
+from ...compiled import loop
 
 GROUP = 32
 """Units of a group, or one less."""
 
 
-@numba.njit(cache=True, nogil=True)
+@loop()
 def kth_largest(keys, count, k):  # type: ignore[no-untyped-def]
     """Of keys[:count], integers."""
     low, high = keys[0], keys[0]
@@ -39,7 +40,7 @@ def kth_largest(keys, count, k):  # type: ignore[no-untyped-def]
     return low
 
 
-@numba.njit(cache=True, nogil=True)
+@loop()
 def take(keys, unit, count, k, place):  # type: ignore[no-untyped-def]
     """Write to place[:k] where in keys[:count] the k largest stand; of equals at the edge those with the lowest units."""
     edge, above, equal = kth_largest(keys, count, k), 0, 0
@@ -62,7 +63,7 @@ def take(keys, unit, count, k, place):  # type: ignore[no-untyped-def]
             at += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@loop()
 def extremes(bits, lowest, most, least):  # type: ignore[no-untyped-def]
     """Largest and smallest key of each group; -0.0 counts as just below 0.0 here."""
     small, shift, mask, groups = bits.dtype.type, 8 * bits.itemsize - 1, -1 - lowest, len(most)
@@ -75,7 +76,7 @@ def extremes(bits, lowest, most, least):  # type: ignore[no-untyped-def]
             most[g], least[g] = max(most[g], key), min(least[g], key)
 
 
-@numba.njit(cache=True, nogil=True)
+@loop()
 def top_k_rows(start, stop, bits_NF, k, lowest, infinity, index_NK, sound_N):  # type: ignore[no-untyped-def]
     """Units of the k largest scores of each row; sound_N is False for a row with NaN, whose units are left unwritten.
 

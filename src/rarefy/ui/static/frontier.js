@@ -5,6 +5,7 @@ import { enrol, key, look, mark } from "./marks.js";
 import { makeScale } from "./scale.js";
 
 const SHARES = ["flops", "bytes", "ms"];
+const CROWD = 9; // from so many methods on, those on the front and the one picked stand out, and the others are grey
 
 export function costShare(point, name) {
   const cost = point.cost ?? {};
@@ -103,14 +104,20 @@ function seriesOf(ax, state) {
   });
 }
 
-function pointNode(p, [px, py], style, ax, state, front) {
+// The names that stand out of a crowd; all where there is none.
+function foremost(unit, state, front) {
+  const names = new Set(unit.points.filter((p) => p.role !== "dense").map((p) => p.method));
+  return names.size < CROWD ? names : new Set([...[...front].map((p) => p.method), ...(names.has(state.pick) ? [state.pick] : [])]);
+}
+
+function pointNode(p, [px, py], style, ax, state, front, back = false) {
   const m = yOf(p, state.y), said = describe(p, state);
   const whisker = known(m.low) && known(m.high) && Math.abs(ax.y(m.low) - ax.y(m.high)) > 3
     && svg("path", { class: `whisker ${style.tone}`, d: `M${px} ${ax.y(m.low)}V${ax.y(m.high)}M${px - 3} ${ax.y(m.low)}h6M${px - 3} ${ax.y(m.high)}h6` });
   return svg("g", {
-    class: "point", tabindex: "-1", role: "img", "aria-label": said.text + (front ? ", on the Pareto front" : ""),
+    class: back ? "point back" : "point", tabindex: "-1", role: "img", "aria-label": said.text + (front ? ", on the Pareto front" : ""),
     onpointerenter: (e) => showTip(e.currentTarget, said), onpointerleave: hideTip, onfocus: (e) => showTip(e.currentTarget, said), onblur: hideTip,
-  }, whisker, svg("circle", { class: "halo", cx: px, cy: py, r: 11 }), mark(style, px, py));
+  }, !back && whisker, svg("circle", { class: "halo", cx: px, cy: py, r: 11 }), mark(style, px, py));
 }
 
 // small: without names, for a row of charts.
@@ -121,9 +128,10 @@ export function chart(unit, state, width, small = false) {
   const ax = axes(unit, state, width, height, box);
   if (!ax.drawn.length) return h("p", { class: "wait" }, "No point has both quantities.");
   const side = state.y === unit.y.key ? unit.y.better : better(state.y);
-  const front = new Set(paretoFront(unit.points, state.x, state.y, side)), series = seriesOf(ax, state);
+  const front = new Set(paretoFront(unit.points, state.x, state.y, side)), fore = foremost(unit, state, front);
+  const series = seriesOf(ax, state).sort((a, b) => fore.has(a.name) - fore.has(b.name));
   const line = (pts) => "M" + pts.map((q) => q.map((v) => v.toFixed(1)).join(" ")).join("L");
-  const nodes = series.flatMap((s) => s.points.map((p, i) => pointNode(p, s.at[i], s.style, ax, state, front.has(p))));
+  const nodes = series.flatMap((s) => s.points.map((p, i) => pointNode(p, s.at[i], s.style, ax, state, front.has(p), !fore.has(s.name))));
   const denseY = ax.dense && ax.y(yOf(ax.dense, state.y).mean);
   if (ax.dense && known(ax.denseX) && ax.denseX <= ax.x.domain[1]) nodes.push(pointNode(ax.dense, [ax.x(ax.denseX), denseY], look("dense", "dense"), ax, state, false));
   if (nodes.length && !small) nodes[0].setAttribute("tabindex", "0");
@@ -137,8 +145,8 @@ export function chart(unit, state, width, small = false) {
   ax.dense && [svg("line", { class: "dense-line", x1: box.left, x2: width - box.right, y1: denseY, y2: denseY }),
     svg("text", { class: "label dense", x: box.left + 6, y: denseY - 5 }, "dense")],
   front.size > 1 && svg("path", { class: "front", d: line([...front].map((p) => [ax.x(xOf(p, state.x)), ax.y(yOf(p, state.y).mean)])) }),
-  series.map((s) => s.at.length > 1 && svg("path", { class: `series ${s.style.tone} ${s.style.role}`, d: line(s.at) })),
-  nodes, !small && width > 620 && placeLabels(series, box, denseY));
+  series.map((s) => s.at.length > 1 && svg("path", { class: `series ${s.style.tone} ${s.style.role}${fore.has(s.name) ? "" : " back"}`, d: line(s.at) })),
+  nodes, !small && width > 620 && placeLabels(series.filter((s) => fore.has(s.name)), box, denseY));
 }
 
 function roam(e, nodes) {
@@ -177,16 +185,28 @@ export function startState(unit) {
   return { x: unit.x.key, y: unit.y.key, log: unit.y.better !== "high" && Math.max(...sizes) / Math.min(...sizes) > 10 };
 }
 
+function legendOf(names, fore) {
+  const shown = [...names].filter(([name, role]) => role === "dense" || fore.has(name)), rest = names.size - shown.length;
+  return [
+    ...shown.map(([name, role]) => h("li", {}, key(look(name, role)), name, role === "baseline" && h("span", { class: "faint" }, " baseline"))),
+    h("li", {}, svg("svg", { viewBox: "0 0 26 10", width: "26", height: "10", "aria-hidden": "true" }, svg("path", { class: "front", d: "M1 5H25" })), "Pareto front"),
+    ...(rest ? [h("li", { class: "faint" }, `${rest} more, in grey: none on the front; point at one, or bring it out`)] : []),
+  ];
+}
+
 export function frontierPanel(unit) {
   enrolPoints(unit);
   const metrics = [...new Set(unit.points.flatMap((p) => Object.keys(p.metrics ?? {})))];
   const xs = [...new Set([unit.x.key, "density", "budget"]), ...SHARES.filter((k) => unit.points.some((p) => known(costShare(p, k))))];
   const state = startState(unit);
-  const plot = h("div", { class: "plot" }), drawer = h("div", { hidden: true });
+  const plot = h("div", { class: "plot" }), drawer = h("div", { hidden: true }), legend = h("ul", { class: "legend" });
+  const names = new Map(unit.points.map((p) => [p.method, p.role]));
   let last = 0;
   const draw = (width) => {
     last = width;
     const side = state.y === unit.y.key ? unit.y.better : better(state.y);
+    const fore = foremost(unit, state, new Set(paretoFront(unit.points, state.x, state.y, side)));
+    legend.replaceChildren(...legendOf(names, fore));
     plot.replaceChildren(h("p", { class: "y-name" }, state.y === unit.y.key ? unit.y.label : metricName(state.y), h("span", {}, side === "low" ? " ↓ lower is better" : " ↑ higher is better")), chart(unit, state, width));
     if (!drawer.hidden) drawer.replaceChildren(pointTable(unit, state));
   };
@@ -194,16 +214,13 @@ export function frontierPanel(unit) {
   const toggle = h("button", { type: "button", "aria-expanded": "false", onclick: () => {
     drawer.hidden = !drawer.hidden; toggle.setAttribute("aria-expanded", String(!drawer.hidden)); toggle.textContent = drawer.hidden ? "Show table" : "Hide table"; draw(last);
   } }, "Show table");
-  const names = new Map(unit.points.map((p) => [p.method, p.role]));
   return h("div", { class: "panel" },
     h("div", { class: "controls" },
       chooser("Quality", [...new Set([state.y, ...metrics])], state.y, (v) => { state.y = v; draw(last); }),
       chooser("Cost", [...new Set([state.x, ...xs])], state.x, (v) => { state.x = v; draw(last); }),
       h("label", { class: "choose" }, h("input", { type: "checkbox", checked: state.log, onchange: (e) => { state.log = e.target.checked; draw(last); } }), h("span", {}, "log scale")),
+      names.size > CROWD && h("label", { class: "choose" }, h("span", {}, "Bring out"), h("select", { onchange: (e) => { state.pick = e.target.value; draw(last); } },
+        ["", ...[...names].filter(([, role]) => role !== "dense").map(([name]) => name).sort()].map((name) => h("option", { value: name }, name || "–")))),
       toggle),
-    plot,
-    h("ul", { class: "legend" },
-      [...names].map(([name, role]) => h("li", {}, key(look(name, role)), name, role === "baseline" && h("span", { class: "faint" }, " baseline"))),
-      h("li", {}, svg("svg", { viewBox: "0 0 26 10", width: "26", height: "10", "aria-hidden": "true" }, svg("path", { class: "front", d: "M1 5H25" })), "Pareto front")),
-    drawer);
+    plot, legend, drawer);
 }

@@ -61,7 +61,7 @@ function section(id, title, sub, ...body) {
 }
 
 function noted(t) {
-  return h("div", { class: "panel" }, h("h3", {}, t.title), t.note && h("p", { class: "faint" }, t.note), table(t.head, t.rows, t.title));
+  return h("div", { class: "panel" }, h("h3", {}, t.title), t.verdict && h("p", { class: "verdict" }, t.verdict), t.note && h("p", { class: "faint" }, t.note), table(t.head, t.rows, t.title));
 }
 
 export function renderPage(report, root) {
