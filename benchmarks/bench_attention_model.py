@@ -5,7 +5,8 @@
 Passes alternate, so that a busy machine slows all of them; figures are medians of the thread's CPU time, ratios are dense / method, and the
 density is what the method counted. Everything that a call costs is in it: choice, counting, checks for NaN.
 
-prefill    two layers, 512 wide, 8 heads, random weights and tokens; 4k tokens, with --full 16k; methods at 10 % in blocks of 64
+prefill    two layers, 512 wide, 8 heads, random weights and tokens; 4k tokens, with --full 16k; methods at 10 % in blocks of 64, and
+           Quest as it comes
 train      forward and backward of the same at 1k tokens, with --full 4k
 decode     greedy steps of the built-in model (6 layers, 4 heads of 64, 2 key heads) behind random tokens, 2k or with --full 8k of them: beyond
            the 2k positions it was trained on, which matters for what it says and not for how fast; and of the recall model for 8k tokens
@@ -56,6 +57,12 @@ def methods(S: int) -> dict[str, Any]:
     return {f"{name} {how.get('pattern', '')}".strip(): entry(f"attention/{name}").load()(**how, **blocks).eval() for name, how in made.items()}
 
 
+def as_it_comes() -> dict[str, Any]:
+    """Quest with its own pages of 16, each query choosing for itself, and 16 queries choosing together."""
+    return {f"quest, {name}": Quest(budget=0.1, **how).eval() for name, how in (
+        ("block 16, query_block 1", {}), ("block 16, query_block 16", {"query_block": 16}))}
+
+
 def in_turn(passes: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
     """Median CPU seconds of each, after one uncounted round."""
     times: dict[str, list[float]] = {name: [] for name in passes}
@@ -72,7 +79,7 @@ def whole(kind: str, dtype: str, S: int, runs: int) -> list[Row]:
     """Prefill, or a training step's forward and backward."""
     model, train = llama(getattr(torch, dtype)), kind == "train"
     ids = torch.randint(0, 1024, (1, S), generator=torch.Generator().manual_seed(0))
-    every: dict[str, Any] = {"dense": None} | methods(S)
+    every: dict[str, Any] = {"dense": None} | methods(S) | ({} if train else as_it_comes())
 
     def step(method: Any) -> None:
         with replaced(model, {"layers.*.attn": method}) if method is not None else contextlib.nullcontext(), torch.set_grad_enabled(train):

@@ -1,4 +1,4 @@
-"""Which models attention methods can be put into: every row of the table in docs/in-the-model.md, served or refused as it says there."""
+"""Which models attention methods can be put into: every row of the table in docs/attention-in-a-model.md, served or refused as it says there."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ MODELS: dict[str, Callable[[], Any]] = {name: BUILDERS[name] for name in (
 
 def rows() -> dict[str, tuple[str, str]]:
     """First cell -> (verdict, why) of the table; a first cell may name several models."""
-    text = (Path(__file__).parents[2] / "docs" / "in-the-model.md").read_text().partition("## Attention methods, and the models they fit")[2]
+    text = (Path(__file__).parents[2] / "docs" / "attention-in-a-model.md").read_text()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| `")]
     return {name.strip("`"): (verdict, why) for names, verdict, why in cells for name in names.split("; ")}
 

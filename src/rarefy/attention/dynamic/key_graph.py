@@ -18,6 +18,8 @@ from ..block import highest
 
 _AT_ONCE = 4
 """Keys of the beam whose neighbours are looked at together."""
+_PROBES = 256
+"""Probes whose products with all keys are held at once."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +34,36 @@ def build(probe_BGPD: Tensor, k_BGSD: Tensor, near: int, degree: int, entries: i
     """Exact nearest keys of each probe, projected onto the keys: the `degree` pairs most often together; each key also knows its two
     neighbours in time, so that all can be reached. Searches begin at the keys that most probes have among their nearest."""
     B, G, S, _ = k_BGSD.shape
-    nearest = (probe_BGPD @ k_BGSD.mT).topk(min(near, S), -1).indices
-    met = torch.zeros(B, G, S * S, dtype=torch.int32, device=k_BGSD.device)
-    centre, other = nearest[..., :1].expand_as(nearest[..., 1:]), nearest[..., 1:]
-    for one, two in ((centre, other), (other, centre)):
-        edge = (one * S + two).flatten(2)
-        met.scatter_add_(2, edge, torch.ones_like(edge, dtype=torch.int32))
-    often, at = met.view(B, G, S, S).topk(min(degree, S), -1)
-    step = torch.arange(S, device=at.device)
+    found = [(some @ k_BGSD.mT).topk(min(near, S), -1).indices for some in probe_BGPD.split(_PROBES, 2)]
+    nearest = torch.cat(found, 2) if found else probe_BGPD.new_zeros(B, G, 0, min(near, S), dtype=torch.long)
+    step = torch.arange(S, device=nearest.device)
     beside = torch.stack((step - 1, torch.where(step + 1 < S, step + 1, -1)), -1).expand(B, G, S, 2)
-    named = torch.zeros(B, G, S, dtype=torch.int32, device=at.device)
+    named = torch.zeros(B, G, S, dtype=torch.int32, device=nearest.device)
     flat = nearest.flatten(2)
     named.scatter_add_(2, flat, torch.ones_like(flat, dtype=torch.int32))
-    return KeyGraph(torch.cat((torch.where(often > 0, at, -1), beside), -1), named.topk(min(entries, S), -1).indices)
+    often = _often(nearest.flatten(0, 1), S, min(degree, S)).view(B, G, S, -1)
+    return KeyGraph(torch.cat((often, beside), -1), named.topk(min(entries, S), -1).indices)
+
+
+def _often(nearest_XPN: Tensor, S: int, degree: int) -> Tensor:
+    """[X, S, degree] the keys that most often were the very nearest beside a key or the other way round; of equals the first, -1 for none.
+
+    Of pairs that were met alone, since a table of all pairs would have S^2 places.
+    """
+    X, device = len(nearest_XPN), nearest_XPN.device
+    head = torch.arange(X, device=device)[:, None, None] * S
+    centre, other = nearest_XPN[..., :1].expand_as(nearest_XPN[..., 1:]), nearest_XPN[..., 1:]
+    met = torch.cat([((head + one) * S + two).flatten() for one, two in ((centre, other), (other, centre))])
+    pair, count = met.unique(return_counts=True)
+    most = int(count.max()) + 1 if len(count) else 1
+    order = (pair // S * most + most - 1 - count).sort(stable=True).indices
+    owner, two = pair[order] // S, pair[order] % S
+    total = torch.bincount(owner, minlength=X * S)
+    place = torch.arange(len(owner), device=device) - (total.cumsum(0) - total)[owner]
+    out = torch.full((X * S, degree), -1, device=device)
+    fits = place < degree
+    out[owner[fits], place[fits]] = two[fits]
+    return out.view(X, S, degree)
 
 
 def search(q_BGRD: Tensor, k_BGSD: Tensor, graph: KeyGraph, width_R: Tensor) -> tuple[Tensor, Tensor]:

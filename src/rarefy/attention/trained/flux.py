@@ -29,6 +29,8 @@ CHUNK = 64
 class Flux(PairAttention):
     """Full or window attention by request; train the routers with `Trained(plan, model, train_model=False)`.
 
+    The method remembers the decisions of its last prompt: decode a batch to its end before the next one, and give prompts whole.
+
     Args:
         window, sinks: nearest and first keys of sparse attention. tail: last tokens of the prompt whose mean the router reads. width: of the router.
         target: share of requests that may take full attention free of charge; price: of each beyond it, in nats a token.
