@@ -11,7 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels import native
 from ..kernels.block_attention import available, blocks_of, page_meta, page_scores
+from ..kernels.cache_steps import pages_step
 from .block import BlockAttention
 from .dynamic.scores import bounds, largest
 from .heads import per_head
@@ -59,6 +61,28 @@ class Quest(BlockAttention):
             bound_BHTN = torch.cat([q.clamp_min(0), q.clamp_max(0)], -1) @ meta_BHEN[..., :seen]
             out_BHQN[:, :, first : first + strip, :seen] = largest(bound_BHTN, end, rows)
         return out_BHQN
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+        got = self._step(q, k, v, scale) if q.shape[2] == 1 < k.shape[2] and causal and scale > 0 else None
+        return super()._attend(q, k, v, scale, causal) if got is None else got
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:
+        """A step beside rarefy's cache in one compiled call; None where that does not serve, or a subclass chooses in its own way."""
+        stores, mine = getattr(self._cache, "stores", None), (type(self).choose, type(self).rule) == (BlockAttention.choose, BlockAttention.rule)
+        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        if stores is None or not mine or wanted or not native.serves(q, k, v, dtypes=(torch.float32,)):
+            return None
+        k_room, v_room, meta = stores(f"{self.name}/{self.block}", self.describe, self.block)
+        (B, H, _, D), S = q.shape, k.shape[2]
+        if k_room.data_ptr() != k.data_ptr() or v_room.data_ptr() != v.data_ptr():
+            return None
+        N = -(-S // self.block)
+        keep = max(1, round(self._budget * N))
+        # The newest key is in its place and in its bound already: written there again it changes nothing.
+        out, _ = pages_step(q, k[:, :, -1:], v[:, :, -1:], k_room, v_room, meta, held=S - 1, page=self.block, keep=keep, scale=scale)
+        self._shape, rows = (H, D, S, 1), float(B * H)
+        self._kept, self._seen = self._kept + rows * (keep * self.block - N * self.block + S), self._seen + rows * S
+        return out
 
     def selection_flops(self, heads: int, width: int, keys: float) -> float:
         """Two products with the bounds of keys / block pages."""

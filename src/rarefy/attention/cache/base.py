@@ -124,6 +124,12 @@ class Layer(CacheLayerMixin):
             self._summaries[name] = _Summary(every)
         return self._summaries[name].extend(self._held[0].view(), make)
 
+    def stores(self, name: str, make: Make, every: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and `summary` of the keys as they lie, with the room behind them: for kernels that take a step in one call."""
+        self.summary(name, make, every)
+        k, v = self._held
+        return k.room(0), v.room(0), self._summaries[name].grown.room(0)
+
     def _growing(self) -> list[Growing]:
         return [*self._held, *(summary.grown for summary in self._summaries.values())]
 
