@@ -285,10 +285,17 @@ def test_plans_that_say_nothing_or_too_much_are_refused_on_entry(given: tuple[tu
 
 
 def test_names_are_read_in_any_case_and_heads_where_a_method_has_them() -> None:
-    cases: tuple[dict[str, Any], ...] = ({"attention": "Quest"}, {"attention": "attention/quest"}, {"attention": "entmax", "heads": 4})
-    for settings in cases:
-        with replaced(build("llama"), **settings):
-            pass
+    model, ids = build("llama"), torch.arange(40)[None] % 7
+    said = []
+    for name in ("quest", "Quest", "attention/quest"):
+        with torch.no_grad(), replaced(model, attention=name, budget=0.2, block=4):
+            said.append(model(ids).logits)
+    with torch.no_grad():
+        assert torch.equal(said[0], said[1]) and torch.equal(said[0], said[2]) and not torch.allclose(said[0], model(ids).logits, atol=1e-4)
+    made: Any = plan_of("attention/entmax", model, heads=4)
+    assert {len(method.logit_H) for method in made.values()} == {4}
+    with torch.no_grad(), replaced(model, attention="entmax", heads=4):
+        assert model(ids).logits.isfinite().all()
 
 
 @pytest.mark.parametrize(("what", "error", "word"), [

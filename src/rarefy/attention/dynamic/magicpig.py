@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from ...errors import BadInput
-from ...kernels.block_attention import available, token_attention
+from ...kernels.block_attention import available, key_lists, token_attention
 from ...kernels.block_attention.agree import agreements
 from ...kernels.block_attention.listed import listed_products
 from ...method import not_negative, positive
 from ..block import AT_ONCE, TokenAttention
 from ..heads import per_head
-from ..trained.base import listed
 from .hashing import codes, planes, share_two
 
 
@@ -124,7 +123,7 @@ class MagicPIG(TokenAttention):
         self._shape = (H, D, S, T)
         mask = self._chosen(q, k, v, causal)
         self._count(mask, T, S, causal)
-        index, centre, exact = listed(mask), self._centre(k), self.exact(T, S, causal, q)
+        index, centre, exact = key_lists(mask), self._centre(k), self.exact(T, S, causal, q)
         at = index.clamp_min(0)
         if available(q, k, v):
             return token_attention(q, k, v, index, scale=scale, bias_BHTK=self._log_weights(q, k, index, exact))

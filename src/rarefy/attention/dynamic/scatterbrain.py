@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ...kernels.block_attention import key_lists
 from ...kernels.block_attention.agree import agreements
 from ...method import not_negative, positive
 from ..block import TokenAttention
 from ..heads import per_head
-from ..trained.base import listed
 from .hashing import codes, planes
 from .scores import later
 
@@ -76,7 +76,7 @@ class Scatterbrain(TokenAttention):
             top_q, top_k = log_q.detach().amax(-1, keepdim=True), log_k.detach().amax((-1, -2), keepdim=True)
             sums = running((log_q - top_q).exp(), (log_k - top_k).exp(), v, causal)
             size = top_q + top_k - math.log(self.features)            # log of what the sums are short of
-            index, outs = listed(mask), []
+            index, outs = key_lists(mask), []
             step = max(1, _AT_ONCE // max(1, q.shape[0] * H * index.shape[-1] * (self.features + D)))
             for at in range(0, T, step):
                 cut = slice(at, at + step)

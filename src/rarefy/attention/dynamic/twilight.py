@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from ...errors import BadInput
-from ...kernels.block_attention import available, page_meta, page_scores
+from ...kernels.block_attention import available, key_lists, page_meta, page_scores
 from ...kernels.block_attention.listed import listed_products
 from ...method import positive
 from ..block import highest
 from ..heads import per_head
-from ..trained.base import listed
 from .rules import TopP
 from .scores import bounds
 
@@ -98,7 +97,7 @@ class Twilight(TopP):
             own, visible = self._visible(q_BHTD, k_BGSD, causal)
             score = self.scores(q_BHTD.detach(), k_BGSD.detach(), 1, causal).masked_fill(~visible, -torch.inf)
             return self.reach(score, own == torch.inf, 1) & visible
-        q, key = q_BHTD.detach(), listed(self.candidates(q_BHTD.detach(), k_BGSD.detach(), causal))[:, :, 0]     # [B, H, X], -1 behind the last
+        q, key = q_BHTD.detach(), key_lists(self.candidates(q_BHTD.detach(), k_BGSD.detach(), causal))[:, :, 0]     # [B, H, X], -1 behind the last
         score = listed_products(q, self.summary(k_BGSD.detach()), key[:, :, None])[:, :, 0] * D**-0.5
         own = key == S - 1 if causal else torch.zeros_like(key, dtype=torch.bool)
         kept = torch.where(self.reach(score, own, 1) & (key >= 0), key, S)

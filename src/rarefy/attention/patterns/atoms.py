@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ...errors import BadInput
-from .grid import Bounds, Grid, Scene, classes
-from .pattern import Need, Pattern
+from .grid import Bounds, Grid, Need, Scene, classes
+from .pattern import Pattern
 
 FAR = 1 << 40
 """Beyond every coordinate: the end of a run without an end."""

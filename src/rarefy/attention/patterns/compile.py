@@ -22,8 +22,8 @@ from ...errors import BadInput
 from ...kernels.block_attention.mask import BlockMask, blocks_of
 from ...method import positive
 from .atoms import FAR, Run
-from .grid import Coords, Grid, Scene, classes, code
-from .pattern import Both, Need, Pattern
+from .grid import Coords, Grid, Need, Scene, classes, code
+from .pattern import Both, Pattern
 
 STRIP = 1 << 22
 """Tiles looked at at once."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +44,24 @@ class Scene:
             known = ", ".join(sorted(self.tables)) or "nothing"
             raise BadInput(f"{asker} reads {name!r}, which is not bound (bound: {known}); bind it, as in method.bind({name}=tensor)")
         return self.tables[name].long()
+
+
+class Need(NamedTuple):
+    """A table that a pattern reads."""
+
+    name: str
+    ndim: int
+    """Of one sequence; one dim more gives a table to each sequence of a batch."""
+    by_position: bool
+    """Whether it has an entry for each position."""
+
+    def fits(self, table: Tensor, S: int) -> bool:
+        """Whether a table can be read for one sequence of S positions."""
+        return table.ndim == self.ndim and not (self.by_position and len(table) < S)
+
+    def wanted(self, S: int) -> str:
+        """The shape that fits, in words."""
+        return f"[{S} or more]" if self.by_position else f"{self.ndim} dims"
 
 
 def classes(rows_NC: Tensor) -> Tensor:

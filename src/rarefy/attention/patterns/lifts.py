@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ...errors import BadInput
 from ...method import positive
-from .grid import Scene
-from .pattern import Choice, Lift, Need, Pattern
+from .grid import Need, Scene
+from .pattern import Choice, Lift, Pattern
 from .words import neighbours, own, said, whole, word
 
 

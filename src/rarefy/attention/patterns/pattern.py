@@ -9,37 +9,19 @@ Shape letters: T = queries, S = keys, Q = query blocks, N = key blocks, X = (que
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ...cost import Cost
 from ...errors import BadInput
-from .grid import Bounds, Coords, Grid, Scene, among, classes
+from .grid import Bounds, Coords, Grid, Need, Scene, among, classes
 
 if TYPE_CHECKING:
     from ...kernels.block_attention.mask import BlockMask
 
 Rule = Callable[[Tensor, Tensor], Tensor]
-
-
-class Need(NamedTuple):
-    """A table that a pattern reads."""
-
-    name: str
-    ndim: int
-    """Of one sequence; one dim more gives a table to each sequence of a batch."""
-    by_position: bool
-    """Whether it has an entry for each position."""
-
-    def fits(self, table: Tensor, S: int) -> bool:
-        """Whether a table can be read for one sequence of S positions."""
-        return table.ndim == self.ndim and not (self.by_position and len(table) < S)
-
-    def wanted(self, S: int) -> str:
-        """The shape that fits, in words."""
-        return f"[{S} or more]" if self.by_position else f"{self.ndim} dims"
 
 
 class Pattern:

@@ -16,9 +16,9 @@ from torch import Tensor
 from ...errors import BadInput
 from ...method import positive
 from .atoms import Listed, Marked, Related
-from .grid import Scene
+from .grid import Need, Scene
 from .lifts import by, named
-from .pattern import Lift, Need, Pattern
+from .pattern import Lift, Pattern
 from .words import own, said, whole, word
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ...cost import Cost
 from ...errors import BadInput, Unsupported
-from ...kernels.block_attention import block_attention, blocks_of, token_attention
+from ...kernels.block_attention import block_attention, blocks_of, key_lists, token_attention
 from ...method import Loss, Sparse, positive
 from ...selection import Selection, check_finite
 from ..block import highest
@@ -65,16 +65,6 @@ def dense_map(q_BHTD: Tensor, k_BGSD: Tensor, scale: float, causal: bool) -> Ten
     if causal:
         score = score.masked_fill(~causal_mask(*score.shape[2:], score.device), -torch.inf)
     return score.float().softmax(-1).to(score.dtype) if score.element_size() < 4 else score.softmax(-1)
-
-
-def listed(mask_BHTS: Tensor) -> Tensor:
-    """[B, H, T, K] key numbers of a mask, -1 where a query has fewer than the most; what `token_attention` reads."""
-    mask_XS = mask_BHTS.flatten(0, 2)
-    count_X = mask_XS.sum(1)
-    row_P, key_P = mask_XS.nonzero(as_tuple=True)
-    out_XK = torch.full((len(mask_XS), max(1, int(count_X.max())) if mask_BHTS.numel() else 1), -1, device=mask_BHTS.device)
-    out_XK[row_P, torch.arange(len(row_P), device=row_P.device) - (count_X.cumsum(0) - count_X)[row_P]] = key_P
-    return out_XK.unflatten(0, mask_BHTS.shape[:3])
 
 
 def top_share(score_BHTS: Tensor, seen_TS: Tensor, budget: float) -> Tensor:
@@ -136,7 +126,7 @@ class PairAttention(Made, Counted):
 
     def mix(self, mask: Tensor, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, causal: bool) -> Tensor:
         """[B, H, T, D], computed on the mask's pairs; here one softmax over the listed keys."""
-        return token_attention(q, k, v, listed(mask), scale=scale)
+        return token_attention(q, k, v, key_lists(mask), scale=scale)
 
     def naive(self, mask: Tensor, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, causal: bool) -> Tensor:
         """The same from whole score matrices."""

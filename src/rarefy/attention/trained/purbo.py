@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ...errors import BadInput
-from ...kernels.block_attention import token_attention
+from ...kernels.block_attention import key_lists, token_attention
 from ...method import Loss, fraction, positive
 from ...selection import top_p
-from .base import PairAttention, causal_mask, dense_map, drawn, listed, masked_softmax, near_attention
+from .base import PairAttention, causal_mask, dense_map, drawn, masked_softmax, near_attention
 
 CHUNK = 64
 """Keys in a block of the near heads' attention."""
@@ -76,7 +76,7 @@ class Purbo(PairAttention):
         share, out = self.heads // self.key_heads, torch.zeros_like(q)
         if len(self.far_X):
             of = self.far_X // share
-            far = token_attention(q[:, self.far_X], k[:, of], v[:, of], listed(mask[:, self.far_X]), scale=scale)
+            far = token_attention(q[:, self.far_X], k[:, of], v[:, of], key_lists(mask[:, self.far_X]), scale=scale)
             out = out.index_copy(1, self.far_X, far)
         if len(self.near_Y):
             of = self.near_Y // share

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from ...cost import Cost
 from ...errors import BadInput
-from ...kernels.block_attention import token_attention
+from ...kernels.block_attention import key_lists, token_attention
 from ...method import positive
 from ...selection import Selection, check_finite
 from ..counted import Counted
-from .base import causal_mask, listed, masked_softmax
+from .base import causal_mask, masked_softmax
 
 
 class Span(Counted):
@@ -124,7 +124,7 @@ class Span(Counted):
         self._shape = (H, q_BHTD.shape[3], S, T)
         self._kept += float(mask.sum()) * H
         self._seen += float(visible.expand_as(mask).sum()) * H
-        return token_attention(q_BHTD, k_BGSD, v_BGSD, listed(mask[:, None]), scale=scale)
+        return token_attention(q_BHTD, k_BGSD, v_BGSD, key_lists(mask[:, None]), scale=scale)
 
     def _seen_by(self, q_BHTD: Tensor, k_BGSD: Tensor, ids_BS: Tensor | None, causal: bool, layer: int) -> Tensor:
         ids, B, S = self._ids_BS if ids_BS is None else ids_BS, len(k_BGSD), k_BGSD.shape[2]

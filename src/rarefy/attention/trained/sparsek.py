@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ...kernels.block_attention import token_attention
+from ...kernels.block_attention import key_lists, token_attention
 from ...method import fraction, positive
-from .base import PairAttention, drawn, listed, masked_softmax
+from .base import PairAttention, drawn, masked_softmax
 from .projection import soft, sparsek, threshold
 
 ROWS, PAIRS = 256, 2**21
@@ -110,7 +110,7 @@ class SparseK(PairAttention):
     ) -> Tensor:
         """[B, H, R, D] from lists: sum e^s p v / sum e^s is attention with log p added to its logits, times the ratio of the two normalisers."""
         (B, H), S = q.shape[:2], k.shape[2]
-        place = listed(far & (u.detach()[:, :, None, keys_N] > tau[..., None]))
+        place = key_lists(far & (u.detach()[:, :, None, keys_N] > tau[..., None]))
         there, index = place >= 0, torch.where(place >= 0, keys_N[place.clamp_min(0)], -1)
         p = soft(u[:, :, None].expand(-1, -1, len(at_R), -1).gather(3, index.clamp_min(0)), tau[..., None], there)
         near = at_R[:, None] - torch.arange(0 if causal else 1 - self.window, self.window, device=q.device)

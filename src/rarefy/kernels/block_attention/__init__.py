@@ -30,11 +30,11 @@ from .lines import line_attention, line_pairs
 from .mask import Allowed, BlockMask, as_mask, blocks_of
 from .reference import block_attention_reference, token_mask
 from .softmax import merge
-from .tokens import check_shapes, token_attention
+from .tokens import check_shapes, key_lists, token_attention
 
 __all__ = [
     "Allowed", "BlockMask", "Irregular", "Paged", "available", "block_attention", "block_attention_reference", "blocks_of", "highest",
-    "line_attention", "line_pairs", "merge", "page_meta", "page_scores", "paged_attention", "token_attention", "token_mask", "top_pages",
+    "key_lists", "line_attention", "line_pairs", "merge", "page_meta", "page_scores", "paged_attention", "token_attention", "token_mask", "top_pages",
 ]
 
 

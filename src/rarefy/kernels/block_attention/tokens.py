@@ -85,3 +85,13 @@ def check_shapes(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> None:
         raise BadInput(f"queries are on {q_BHTD.device}, keys on {k_BGSD.device}, values on {v_BGSD.device}: move them to one device")
     if not q_BHTD.is_floating_point() or (not q_BHTD.dtype == k_BGSD.dtype == v_BGSD.dtype and not torch.is_autocast_enabled(q_BHTD.device.type)):
         raise BadInput(f"queries are {q_BHTD.dtype}, keys {k_BGSD.dtype}, values {v_BGSD.dtype}: give all in one dtype of floating point")
+
+
+def key_lists(mask_BHTS: Tensor) -> Tensor:
+    """[B, H, T, K] key numbers of a mask, -1 where a query has fewer than the most; what `token_attention` reads."""
+    mask_XS = mask_BHTS.flatten(0, 2)
+    count_X = mask_XS.sum(1)
+    row_P, key_P = mask_XS.nonzero(as_tuple=True)
+    out_XK = torch.full((len(mask_XS), max(1, int(count_X.max())) if mask_BHTS.numel() else 1), -1, device=mask_BHTS.device)
+    out_XK[row_P, torch.arange(len(row_P), device=row_P.device) - (count_X.cumsum(0) - count_X)[row_P]] = key_P
+    return out_XK.unflatten(0, mask_BHTS.shape[:3])
